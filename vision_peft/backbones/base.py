@@ -1,0 +1,74 @@
+"""What every backbone offers: a network on the meta device until load(), named sites, preprocessing, features."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from dataclasses import dataclass
+from typing import Any
+
+from torch import Tensor, nn
+
+from vision_peft.engine.site import Site
+
+
+@dataclass(frozen=True)
+class Preprocess:
+    """How pictures become the network's input: RGB in [0, 1], resized to `size` pixels, minus `mean`, over `std`."""
+
+    size: int
+    mean: tuple[float, float, float]
+    std: tuple[float, float, float]
+    interpolation: str = "bicubic"  # a name of torchvision.transforms.InterpolationMode
+    crop: float = 1.0  # evaluation resizes the short side to size / crop and takes the centre
+
+
+class Backbone(nn.Module, ABC):
+    """A pretrained network and what the rest needs to know of it; it knows nothing of adapters.
+
+    Construction is cheap and reads no weights: `network` lives on the meta device, so that site names, shapes and the
+    number of features are known and a config can be checked. `load()` puts the real network in place.
+
+    Attributes:
+        network: the third-party module; its state_dict keys are its own.
+        num_features: length of the feature vector of one image.
+        preprocess: see Preprocess.
+        resized: state_dict keys whose values depend on the image size (position tables): left out of the fingerprint.
+    """
+
+    network: nn.Module
+    num_features: int
+    preprocess: Preprocess
+    resized: frozenset[str] = frozenset()
+
+    @abstractmethod
+    def load(self) -> None:
+        """Read the weights and put the real network in place; does nothing the second time. Freezes it (requires_grad False)."""
+
+    @abstractmethod
+    def sites(self) -> list[Site]:
+        """Every parameter of `network` as sites with canonical names; works before load()."""
+
+    @abstractmethod
+    def forward(self, images: Tensor) -> Tensor:
+        """Features (B, num_features) of preprocessed images (B, 3, H, W)."""
+
+    @abstractmethod
+    def describe(self) -> dict[str, Any]:
+        """What identifies it in a config and a card: class name, model name, weights, image size."""
+
+    @property
+    def num_blocks(self) -> int:
+        """Number of blocks at which the forward pass can be cut (0: it cannot)."""
+        return 0
+
+    def first_block(self, targets: set[str]) -> int:
+        """Index of the first block any of these layers (canonical names) belongs to; num_blocks if none does, 0 if one comes before the blocks."""
+        return 0
+
+    def prefix(self, images: Tensor, block: int) -> Tensor:
+        """Hidden state that enters block number `block`."""
+        raise TypeError(f"{type(self).__name__} has no blocks to cut at")
+
+    def suffix(self, hidden: Tensor, block: int) -> Tensor:
+        """Features from the hidden state that enters block number `block`; suffix(prefix(x, k), k) equals forward(x)."""
+        raise TypeError(f"{type(self).__name__} has no blocks to cut at")
