@@ -1,0 +1,415 @@
+"""CLIP and its relatives by open_clip: image and text features in one space, every parameter under a canonical name."""
+
+from __future__ import annotations
+
+import json
+import os
+import warnings
+from collections.abc import Sequence
+from copy import deepcopy
+from dataclasses import replace
+from pathlib import Path
+from typing import Any, ClassVar, Literal
+
+import open_clip
+import torch
+from open_clip import CLIP, CoCa, CustomTextCLIP
+from open_clip.modified_resnet import AttentionPool2d, ModifiedResNet
+from open_clip.pretrained import download_pretrained_from_hf
+from open_clip.timm_model import TimmModel
+from open_clip.transform import PreprocessCfg, merge_preprocess_dict
+from open_clip.transformer import TextTransformer, VisionTransformer
+from timm.models.eva import EvaAttention
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+
+from vision_peft.backbones.base import Backbone, Preprocess
+from vision_peft.backbones.clip_text import Remembered, ShortTextCLIP, ShortTextTransformer, computed_once, tokenizer
+from vision_peft.engine.site import Role, Site, enumerate_sites, renamer
+from vision_peft.engine.targets import fused_qkv
+from vision_peft.errors import UserError, nearest
+
+HUB = "hf-hub:"  # open_clip's prefix of a Hugging Face repository that holds both config and weights
+
+
+class Clip(Backbone):
+    """An open_clip model, both towers.
+
+    Features are raw: neither forward() nor encode_text() normalises them, and the factor of the cosine is the task's
+    (100 in the few-shot protocols, learned_scale() for the one the model was trained with).
+
+    Args:
+        name: open_clip model name (`ViT-B-16`, `RN50`, `ViT-B-16-SigLIP`, ...) or `hf-hub:<owner>/<repository>`, which brings its weights.
+        weights: an open_clip pretrained tag of that model (`openai`, `laion2b_s34b_b88k`, ...), a file (.safetensors, .pt), or
+            None: random values, with a warning.
+        config: an open_clip model config (JSON) to use instead of a built-in one; its file name becomes the model's name.
+        image_size: side of the image; position tables are resized to it. None: the model's own.
+        quick_gelu: activation of the towers. `auto` is what the pretrained tag was trained with (open_clip itself would run
+            `ViT-B-16` with OpenAI's weights on plain GELU and lose several points); a file does not say, so there `auto` follows
+            the model config: set True for OpenAI's weights in a file.
+        text_checkpointing: recompute the text tower in the backward pass, chunk by chunk, so that a thousand classes fit.
+        text_chunk: how many prompts run at once; None for all of them, or 64 with text_checkpointing.
+    """
+
+    def __init__(
+        self,
+        name: str = "ViT-B-16",
+        *,
+        weights: str | None = None,
+        config: str | None = None,
+        image_size: int | None = None,
+        quick_gelu: bool | Literal["auto"] = "auto",
+        text_checkpointing: bool = False,
+        text_chunk: int | None = None,
+    ) -> None:
+        super().__init__()
+        if text_chunk is not None and text_chunk < 1:
+            raise UserError(f"backbone.text_chunk: {text_chunk} is not a number of prompts, which is at least 1")
+        self.name = Path(config).stem if config else name.replace("/", "-") if not name.startswith(HUB) else name
+        self.weights = weights
+        self.text_checkpointing = text_checkpointing
+        self.text_chunk = text_chunk or (64 if text_checkpointing else None)
+
+        self._config, transform = _read_config(self.name, config)
+        self._tag = open_clip.get_pretrained_cfg(self.name, weights) if weights else {}
+        _check_weights(self.name, weights, self._tag)
+        trained = self._tag.get("quick_gelu", self._config.get("quick_gelu", False))
+        self._config["quick_gelu"] = trained if quick_gelu == "auto" else quick_gelu
+        native_size = self._config["vision_cfg"].get("image_size", 224)
+        self._resize_to = image_size
+        if image_size is not None:
+            self._config["vision_cfg"]["image_size"] = image_size
+
+        with torch.device("meta"):
+            self.network = _build(self.name, self._config)
+            _resize(self.network, image_size, native_size)
+        self.num_features = self._config["embed_dim"]
+        transform = merge_preprocess_dict(merge_preprocess_dict(PreprocessCfg(), transform), self._tag)
+        self.preprocess = Preprocess(_side(self.network), tuple(transform["mean"]), tuple(transform["std"]), transform["interpolation"])
+        self.resized = _POSITIONS & self.network.state_dict().keys()
+        self._remembered: Remembered | None = None
+
+    def load(self) -> None:
+        if not self.network.logit_scale.is_meta:
+            return
+        source = self._weights_source()
+        if source is None:
+            warnings.warn(f"Clip {self.name}: no weights given, the network starts from random values", stacklevel=2)
+        network = _build(self.name, self._config)
+        if source is not None:
+            _load_weights(network, source, self.name)
+        _resize(network, self._resize_to, native)
+        self.network = network.requires_grad_(False)
+        self._remembered = None
+
+    def _weights_source(self) -> str | None:
+        """The file to read, downloaded into open_clip's cache where it is a tag's or a hub repository's."""
+        try:
+            if self._tag:
+                return open_clip.download_pretrained(self._tag)
+            if self.weights is None and self.name.startswith(HUB):
+                return download_pretrained_from_hf(self.name.removeprefix(HUB))
+        except Exception as error:  # urllib, huggingface_hub and open_clip each raise their own
+            what = f"{self.name} {self.weights}" if self._tag else self.name
+            raise UserError(f"backbone.weights: {what} could not be downloaded: {_one_line(error)}") from error
+        return self.weights
+
+    # ---- images ----
+
+    def forward(self, images: Tensor) -> Tensor:
+        return self.network.encode_image(images, normalize=False)
+
+    @property
+    def num_blocks(self) -> int:
+        visual = self.network.visual
+        return len(visual.transformer.resblocks) if isinstance(visual, CutVisionTransformer) else 0
+
+    def first_block(self, targets: set[str]) -> int:
+        return min((self._block(target) for target in targets), default=self.num_blocks)
+
+    def _block(self, target: str) -> int:
+        tower, _, rest = target.partition(".")
+        part = rest.split(".")[0]
+        if tower != "vision" or part in _AFTER_BLOCKS:
+            return self.num_blocks
+        return min(int(part), self.num_blocks) if part.isdigit() else 0
+
+    def prefix(self, images: Tensor, block: int) -> Tensor:
+        return self.network.visual.prefix(images, block) if self.num_blocks else super().prefix(images, block)
+
+    def suffix(self, hidden: Tensor, block: int) -> Tensor:
+        return self.network.visual.suffix(hidden, block) if self.num_blocks else super().suffix(hidden, block)
+
+    # ---- text ----
+
+    def tokenize(self, prompts: Sequence[str]) -> Tensor:
+        """Token ids (C, L), where L is the longest prompt's length if that gives the same features, else the full context."""
+        try:
+            encode = tokenizer(self._config["text_cfg"])
+        except OSError as error:
+            raise UserError(f"tokenizer {self._config['text_cfg']['hf_tokenizer_name']} of {self.name}: {_one_line(error)}") from error
+        tokens = encode(list(prompts))
+        tower = getattr(self.network, "text", self.network)
+        return tokens[:, : tower.needed(tokens)] if isinstance(tower, (ShortTextCLIP, ShortTextTransformer)) else tokens
+
+    def encode_text(self, tokens: Tensor) -> Tensor:
+        """Features (C, num_features) of token ids (C, L)."""
+        chunks = tokens.to(self._device).split(self.text_chunk or len(tokens))
+        if self.text_checkpointing and torch.is_grad_enabled():
+            return torch.cat([checkpoint(self.network.encode_text, chunk, False, use_reentrant=False) for chunk in chunks])
+        return torch.cat([self.network.encode_text(chunk, normalize=False) for chunk in chunks])
+
+    def text_features(self, prompts: Sequence[str], frozen: bool) -> Tensor:
+        """Features (C, num_features) of the prompts.
+
+        Args:
+            frozen: True while nothing in the text tower changes: computed once, then remembered until other prompts or load().
+                False: computed anew at every call, with gradients.
+        """
+        prompts = tuple(prompts)
+        if self._remembered is None or self._remembered.prompts != prompts:
+            with torch.inference_mode(False):
+                self._remembered = Remembered(prompts, self.tokenize(prompts))
+        memory = self._remembered
+        if not frozen:
+            memory.features = None
+            return self.encode_text(memory.tokens)
+        if memory.features is None or memory.features.device != self._device:
+            with computed_once(self.network, self._device):
+                memory.features = self.encode_text(memory.tokens)
+        return memory.features
+
+    def learned_scale(self) -> Tensor:
+        """The factor of the cosine that the model was trained with, exp(logit_scale)."""
+        return self.network.learned_scale()
+
+    @property
+    def _device(self) -> torch.device:
+        return self.network.logit_scale.device
+
+    # ---- names ----
+
+    def sites(self) -> list[Site]:
+        visual = next((rules for kind, rules in _VISION_RULES.items() if isinstance(self.network.visual, kind)), [])
+        rename = renamer([*visual, *_TEXT_RULES, (r"visual\.(.+)", r"vision.\1"), ("visual", "vision")])
+
+        def fused(path: str, linear: nn.Linear) -> list[str] | None:
+            blocks = fused_qkv(path, linear)
+            return blocks and [rename(block) for block in blocks]
+
+        calls = {path: module.calls for path, module in self.network.named_modules() if type(module) in _EXTENDED.values()}
+        return [self._corrected(site) for site in enumerate_sites(self.network, rename, fused, calls)]
+
+    def _corrected(self, site: Site) -> Site:
+        """The site with the canonical name of a tensor that no layer owns, and with the reader that truly reads it."""
+        if site.path in _BARE_TENSORS:
+            name, role = _BARE_TENSORS[site.path]
+            return replace(site, name=name, target=name, role=role, kind="bare" if role == "weight" else "vector")
+        parent, _, child = site.reader.rpartition(".")
+        if parent and _reads_for(self.network.get_submodule(parent), child):
+            return replace(site, reader=parent, parameter=f"{child}.{site.parameter}")
+        return site
+
+    def describe(self) -> dict[str, Any]:
+        return {
+            "class": type(self).__name__,
+            "name": self.name,
+            "weights": self.weights,
+            "image_size": self.preprocess.size,
+            "quick_gelu": self._config["quick_gelu"],
+        }
+
+
+# ---- open_clip's classes with what they lack here ----
+
+
+class CutVisionTransformer(VisionTransformer):
+    """The vision tower in two parts, as methods of the module that owns the class token, the position table and `proj`."""
+
+    calls: ClassVar = ("forward", "forward_intermediates", "prefix", "suffix")  # the methods that read the tensors it owns itself
+
+    def prefix(self, images: Tensor, block: int) -> Tensor:
+        return self._run(self._embeds(images), 0, block)
+
+    def suffix(self, hidden: Tensor, block: int) -> Tensor:
+        pooled, _ = self._pool(self._run(hidden, block, self.transformer.layers))
+        return pooled @ self.proj
+
+    def _run(self, x: Tensor, start: int, stop: int) -> Tensor:
+        for block in list(self.transformer.resblocks)[start:stop]:
+            x = checkpoint(block, x, use_reentrant=False) if self.transformer.grad_checkpointing else block(x)
+        return x
+
+
+class ScaledCustomTextCLIP(CustomTextCLIP):
+    calls: ClassVar = ("forward", "get_logits", "forward_intermediates", "learned_scale")
+
+    def learned_scale(self) -> Tensor:
+        return self.logit_scale.exp()
+
+
+class ScaledCoCa(CoCa):
+    calls: ClassVar = ("forward", "forward_intermediates", "learned_scale")
+
+    def learned_scale(self) -> Tensor:
+        return self.logit_scale.exp()
+
+
+_EXTENDED: dict[type[nn.Module], type[nn.Module]] = {
+    CLIP: ShortTextCLIP,
+    CustomTextCLIP: ScaledCustomTextCLIP,
+    CoCa: ScaledCoCa,
+    TextTransformer: ShortTextTransformer,
+    VisionTransformer: CutVisionTransformer,
+}
+
+
+# ---- building and loading ----
+
+
+def _build(name: str, config: dict[str, Any]) -> nn.Module:
+    """The network of an open_clip model config with random values, on the current default device.
+
+    As open_clip.create_model, which would also log through (and so configure) the root logger and could take QuickGELU, size
+    and own configs only by way of its process-wide registry.
+    """
+    config = deepcopy(config)
+    vision, text = config["vision_cfg"], config["text_cfg"]
+    custom = config.pop("custom_text", False) or bool(text.get("hf_model_name"))
+    kind = CLIP if not custom else CoCa if "multimodal_cfg" in config else CustomTextCLIP
+    if vision.get("timm_model_name"):
+        vision["timm_model_pretrained"] = False
+    if text.get("hf_model_name"):
+        text["hf_model_pretrained"] = False
+    try:
+        network = kind(**config)
+    except (OSError, TypeError) as error:  # a text tower's config that is not in the cache; a misspelt key
+        raise UserError(f"model config {name}: {_one_line(error)}") from error
+    for module in network.modules():
+        module.__class__ = _EXTENDED.get(type(module), type(module))
+    return network.requires_grad_(False)
+
+
+def _load_weights(network: nn.Module, source: str, name: str) -> None:
+    try:
+        open_clip.load_checkpoint(network, source, strict=True, weights_only=True)
+    except Exception as error:  # torch, pickle, zipfile and safetensors each raise their own for a damaged or foreign file
+        raise UserError(f"{source} cannot be loaded as {name}: {_one_line(error)}") from error
+
+
+def _read_config(name: str, path: str | None) -> tuple[dict[str, Any], dict[str, Any]]:
+    """Model config, and preprocessing config where the source has one."""
+    if path is None and not name.startswith(HUB):
+        config = open_clip.get_model_config(name)
+        if config is None:
+            raise UserError(f"backbone.name: open_clip has no model {name!r}{nearest(name, open_clip.list_models())}")
+        return config, {}
+    try:
+        path = path or download_pretrained_from_hf(name.removeprefix(HUB), filename="open_clip_config.json")
+        content = json.loads(Path(path).read_text(encoding="utf-8"))
+        config = content.get("model_cfg", content)
+        missing = {"embed_dim", "vision_cfg", "text_cfg"} - config.keys()
+    except (OSError, ValueError, AttributeError) as error:
+        raise UserError(f"model config {path or name}: {_one_line(error)}") from error
+    if missing:
+        raise UserError(f"model config {path}: no {', '.join(sorted(missing))}")
+    return config, content.get("preprocess_cfg", {})
+
+
+def _check_weights(name: str, weights: str | None, tag: dict[str, Any]) -> None:
+    if weights is None or tag or os.path.isfile(weights):
+        return
+    tags = open_clip.list_pretrained_tags_by_model(name)
+    known = f" (tags: {', '.join(tags)})" if tags else ""
+    raise UserError(f"backbone.weights: {weights!r} is neither a file nor a pretrained tag of {name}{nearest(weights, tags)}{known}")
+
+
+def _check_image_size(name: str, network: nn.Module, size: int | None, loads: bool) -> None:
+    visual = network.visual
+    if size is None:
+        return
+    if isinstance(visual, VisionTransformer) and any(size % side for side in visual.patch_size):
+        raise UserError(f"backbone.image_size: {size} is not a multiple of the patch size {visual.patch_size[0]} of {name}")
+    if isinstance(visual, ModifiedResNet) and loads and size != open_clip.get_model_config(name)["vision_cfg"]["image_size"]:
+        raise UserError(f"backbone.image_size: open_clip does not resize the attention pool of {name}; leave it out")
+
+
+def _side(network: nn.Module) -> int:
+    size = network.visual.image_size
+    height, width = size if isinstance(size, (tuple, list)) else (size, size)
+    if height != width:
+        raise UserError(f"image size {height} x {width}: only square ones are supported")
+    return height
+
+
+def _one_line(error: Exception) -> str:
+    text = " ".join(str(error).split()) or type(error).__name__
+    return text if len(text) <= 300 else text[:297] + "..."
+
+
+# ---- names of tensors ----
+
+_VISION_RULES: dict[type[nn.Module], list[tuple[str, str]]] = {
+    VisionTransformer: [
+        (r"visual\.conv1", "vision.patch_embed"),
+        (r"visual\.ln_pre", "vision.norm_pre"),
+        (r"visual\.ln_post", "vision.norm"),
+        (r"visual\.transformer\.resblocks\.(\d+)\.mlp\.c_fc", r"vision.\1.mlp.fc1"),
+        (r"visual\.transformer\.resblocks\.(\d+)\.mlp\.c_proj", r"vision.\1.mlp.fc2"),
+        (r"visual\.transformer\.resblocks\.(\d+)\.ln_([12])", r"vision.\1.norm\2"),
+        (r"visual\.transformer\.resblocks\.(\d+)\.attn\.out_proj", r"vision.\1.attn.out"),
+        (r"visual\.transformer\.resblocks\.(\d+)\.(.+)", r"vision.\1.\2"),
+    ],
+    ModifiedResNet: [
+        (r"visual\.attnpool\.([qkv])_proj", r"vision.attnpool.\1"),
+        (r"visual\.attnpool\.c_proj", "vision.attnpool.out"),
+    ],
+    TimmModel: [
+        (r"visual\.trunk\.patch_embed\.proj", "vision.patch_embed"),
+        (r"visual\.trunk\.norm_pre", "vision.norm_pre"),
+        (r"visual\.trunk\.norm", "vision.norm"),
+        (r"visual\.head\.proj", "vision.proj"),
+        (r"visual\.trunk\.blocks\.(\d+)\.attn\.([qkv])_proj", r"vision.\1.attn.\2"),
+        (r"visual\.trunk\.blocks\.(\d+)\.attn\.proj", r"vision.\1.attn.out"),
+        (r"visual\.trunk\.blocks\.(\d+)\.(.+)", r"vision.\1.\2"),
+        (r"visual\.trunk\.(.+)", r"vision.\1"),
+    ],
+}
+
+_TEXT_RULES: list[tuple[str, str]] = [
+    (r"(?:text\.)?token_embedding", "text.token_embed"),
+    (r"(?:text\.)?ln_final", "text.norm"),
+    (r"(?:text\.)?text_projection", "text.projection"),
+    (r"(?:text\.)?transformer\.resblocks\.(\d+)\.mlp\.c_fc", r"text.\1.mlp.fc1"),
+    (r"(?:text\.)?transformer\.resblocks\.(\d+)\.mlp\.c_proj", r"text.\1.mlp.fc2"),
+    (r"(?:text\.)?transformer\.resblocks\.(\d+)\.ln_([12])", r"text.\1.norm\2"),
+    (r"(?:text\.)?transformer\.resblocks\.(\d+)\.attn\.out_proj", r"text.\1.attn.out"),
+    (r"(?:text\.)?transformer\.resblocks\.(\d+)\.(.+)", r"text.\1.\2"),
+]
+
+_BARE_TENSORS: dict[str, tuple[str, Role]] = {  # by state_dict key: tensors that the towers and the root own themselves
+    "visual.class_embedding": ("vision.class_embedding", "other"),
+    "visual.positional_embedding": ("vision.pos_embed", "other"),
+    "visual.proj": ("vision.proj", "weight"),
+    "visual.attnpool.positional_embedding": ("vision.attnpool.pos_embed", "other"),
+    "visual.trunk.cls_token": ("vision.class_embedding", "other"),
+    "visual.trunk.pos_embed": ("vision.pos_embed", "other"),
+    "positional_embedding": ("text.pos_embed", "other"),
+    "text_projection": ("text.projection", "weight"),
+    "text.cls_emb": ("text.class_embedding", "other"),
+    "text.positional_embedding": ("text.pos_embed", "other"),
+    "text.text_projection": ("text.projection", "weight"),
+    "logit_scale": ("logit_scale", "other"),
+    "logit_bias": ("logit_bias", "other"),
+}
+
+_POSITIONS = frozenset({"visual.positional_embedding", "visual.attnpool.positional_embedding", "visual.trunk.pos_embed"})
+
+_AFTER_BLOCKS = frozenset({"norm", "proj", "attn_pool", "attn_pool_contrastive"})  # of the vision tower
+
+
+def _reads_for(module: nn.Module, child: str) -> bool:
+    """Whether `module` takes the tensors of its child layer and computes with them itself, without ever calling the child."""
+    if isinstance(module, AttentionPool2d):
+        return child in ("q_proj", "k_proj", "v_proj", "c_proj")
+    return isinstance(module, EvaAttention) and child == "qkv" and module.q_bias is not None

@@ -1,0 +1,281 @@
+"""Put a method's adapters onto a network, switch, mix, merge and remove them; all as plain functions, Lightning not needed."""
+
+from __future__ import annotations
+
+import hashlib
+import warnings
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from vision_peft.engine.adapter import Adapter, Clock, Evidence, Method, trainable
+from vision_peft.engine.readers import Reader, State, applies_dropout, make_reader
+from vision_peft.engine.site import Site, enumerate_sites
+from vision_peft.engine.targets import fused_qkv, resolve
+from vision_peft.errors import UserError
+
+_ATTRIBUTE = "_vision_peft_installation"
+
+
+class AdapterSet(nn.Module):
+    """The trainable side of an adapted network: one adapter a site, what they share, and the method that steers them.
+
+    It is a module of its own, not a child of the network: hand its parameters to the optimizer, move it with `.to()`
+    beside the network, save its state_dict. Keys are `adapters.<site name with / for .>.<parameter>` and `shared.<...>`.
+    """
+
+    def __init__(self, method: Method, sites: Sequence[Site]) -> None:
+        super().__init__()
+        self.method = method
+        self.sites = list(sites)
+        self.shared = method.shared(self.sites)
+        self.adapters = nn.ModuleDict({_key(site): method.adapter(site, self.shared) for site in self.sites})
+        for name, parameter in self.named_parameters():
+            if parameter.dtype != torch.float32:
+                raise TypeError(f"{name}: trained tensors are float32, got {parameter.dtype}")
+        self.register_state_dict_post_hook(_add_fingerprints)
+        self.register_load_state_dict_pre_hook(_check_fingerprints)
+
+    def named_adapters(self) -> dict[str, Adapter]:
+        """Adapters by site name."""
+        return {site.name: self.adapters[_key(site)] for site in self.sites}
+
+    def initialize(self, network: nn.Module, seed: int = 0, evidence: Mapping[str, Evidence] | None = None) -> None:
+        """Start every adapter from the network's present weights. Draws depend on the seed and the site's name only."""
+        for site in self.sites:
+            W = site.matrix(network.get_parameter(site.path).detach()).float()
+            given = (evidence or {}).get(site.name) or Evidence(torch.Generator())
+            given.generator.manual_seed(_seed(seed, site.name))
+            with torch.no_grad(), torch.autocast(W.device.type, enabled=False):
+                self.adapters[_key(site)].initialize(W, given)
+
+    def penalty(self) -> Tensor | float:
+        """Sum of the adapters' penalties, to add to the loss."""
+        return sum(adapter.penalty() for adapter in self.adapters.values())
+
+    def coordinate(self, clock: Clock) -> None:
+        """To call after every optimizer step."""
+        with torch.no_grad():
+            self.method.coordinate(self.named_adapters(), clock)
+
+    def param_groups(self, lr: float) -> list[dict[str, Any]]:
+        return self.method.param_groups(self.named_adapters(), self.shared, lr)
+
+    def num_trainable(self) -> int:
+        return sum(parameter.numel() for parameter in trainable([self]))
+
+
+class Installation:
+    """What is on one network: its readers, its adapter sets by name, and the values put away by merge()."""
+
+    def __init__(self, network: nn.Module) -> None:
+        self.network = network
+        self.state = State()
+        self.sets: dict[str, AdapterSet] = {}
+        self.readers: dict[str, Reader] = {}
+        self.saved: dict[str, Tensor] = {}
+
+    def reader(self, site: Site) -> Reader:
+        if site.reader not in self.readers:
+            self.readers[site.reader] = make_reader(self.network.get_submodule(site.reader), self.state, site.calls)
+        return self.readers[site.reader]
+
+    def add(self, name: str, adapters: AdapterSet) -> None:
+        self.sets[name] = adapters
+        for site, adapter in zip(adapters.sites, adapters.adapters.values()):
+            self.reader(site).view(site.parameter).add(name, site, adapter)
+
+    def discard(self, name: str) -> None:
+        self.sets.pop(name)
+        self.state.mix.pop(name, None)
+        for reader in self.readers.values():
+            for view in reader.views.values():
+                view.discard(name)
+            reader.views = {parameter: view for parameter, view in reader.views.items() if view.entries}
+        for path in [path for path, reader in self.readers.items() if not reader.views]:
+            self.readers.pop(path).remove()
+
+
+def attach(
+    network: nn.Module,
+    method: Method,
+    targets: str | Sequence[str] = "all",
+    *,
+    sites: Sequence[Site] | None = None,
+    name: str = "default",
+    seed: int = 0,
+    evidence: Mapping[str, Evidence] | None = None,
+) -> AdapterSet:
+    """Freeze `network`, put adapters of `method` on the targeted layers, switch them on, and return them.
+
+    Args:
+        targets: a preset, a pattern or several (see engine.targets).
+        sites: named sites of the network (`backbone.sites()`); by default its parameters under their dotted paths.
+        name: name of this adapter set; a network carries any number of sets, see activate().
+        seed: of the private generators that start the adapters.
+        evidence: what engine.evidence.collect gathered, for methods that ask for it.
+    """
+    installation = _find(network, missing_ok=True) or Installation(network)
+    if installation.state.merged:
+        raise UserError("adapters are merged into the network: unmerge() before attaching others")
+    if name in installation.sets:
+        raise UserError(f"an adapter set named {name!r} is already attached: detach() it or choose another name")
+    missing = set(method.evidence) - _gathered(evidence)
+    if missing:
+        raise UserError(f"method {method.name} needs evidence ({', '.join(sorted(missing))}): collect it first, engine.evidence.collect")
+    chosen = resolve(targets, sites if sites is not None else enumerate_sites(network, fused=fused_qkv), method)
+    network.requires_grad_(False)
+    adapters = AdapterSet(method, chosen)
+    adapters.to(next(network.parameters()).device)
+    adapters.initialize(network, seed, evidence)
+    return _install(installation, name, adapters)
+
+
+def _install(installation: Installation, name: str, adapters: AdapterSet) -> AdapterSet:
+    installation.add(name, adapters)
+    installation.state.mix = {name: 1.0}
+    installation.network.__dict__[_ATTRIBUTE] = installation
+    _warn_unused_dropout(installation, adapters)
+    return adapters
+
+
+def detach(network: nn.Module, name: str | None = None) -> None:
+    """Take one adapter set, or all, off the network, which is then as it was before (unmerge first, if merged)."""
+    installation = _find(network)
+    if installation.state.merged:
+        raise UserError("adapters are merged into the network: unmerge() before detaching, or keep the merged weights by saving them")
+    for each in [name] if name is not None else list(installation.sets):
+        _known(installation, each)
+        installation.discard(each)
+    if not installation.sets:
+        del installation.network.__dict__[_ATTRIBUTE]
+
+
+def activate(network: nn.Module, mix: str | Mapping[str, float]) -> None:
+    """Choose the active adapter set, or a mix: W' = W + sum of coefficient * (W'_set - W)."""
+    installation = _find(network)
+    if installation.state.merged:
+        raise UserError("adapters are merged into the network: unmerge() before switching")
+    wanted = {mix: 1.0} if isinstance(mix, str) else dict(mix)
+    for each in wanted:
+        _known(installation, each)
+    installation.state.mix = wanted
+
+
+@contextmanager
+def adapters_off(model: nn.Module) -> Iterator[None]:
+    """Within the block the model, and any network inside it, computes with its frozen weights alone."""
+    states = [installation.state for installation in installations(model)]
+    if any(state.merged for state in states):
+        raise UserError("adapters are merged into the network: unmerge() before switching them off")
+    before = [state.enabled for state in states]
+    try:
+        for state in states:
+            state.enabled = False
+        yield
+    finally:
+        for state, enabled in zip(states, before):
+            state.enabled = enabled
+
+
+def merge(network: nn.Module) -> None:
+    """Write the effective weights into the parameters, so that the network runs without any adapter code; undone by unmerge().
+
+    The frozen values are kept aside, not recomputed by subtraction, so unmerge() restores them bit for bit.
+    """
+    installation = _find(network)
+    state = installation.state
+    if state.merged:
+        return
+    for name in state.mix:
+        if installation.sets[name].method.merge == "impossible":
+            raise UserError(f"method {installation.sets[name].method.name} cannot be merged")
+    with torch.no_grad():
+        for path, reader in installation.readers.items():
+            for parameter, view in reader.views.items():
+                full = f"{path}.{parameter}" if path else parameter
+                tensor = network.get_parameter(full)
+                installation.saved[full] = tensor.detach().clone()
+                tensor.copy_(view.effective(tensor))
+    state.merged = True
+
+
+def unmerge(network: nn.Module) -> None:
+    """Restore the frozen weights, bit for bit, and let the adapters act again."""
+    installation = _find(network)
+    with torch.no_grad():
+        for path, value in installation.saved.items():
+            network.get_parameter(path).copy_(value)
+    installation.saved.clear()
+    installation.state.merged = False
+
+
+def installations(model: nn.Module) -> list[Installation]:
+    """The installations on `model` and on the modules inside it."""
+    return [module.__dict__[_ATTRIBUTE] for module in model.modules() if _ATTRIBUTE in module.__dict__]
+
+
+def installed(network: nn.Module) -> dict[str, AdapterSet]:
+    """The adapter sets on the network, by name."""
+    found = _find(network, missing_ok=True)
+    return dict(found.sets) if found else {}
+
+
+def _find(network: nn.Module, missing_ok: bool = False) -> Installation | None:
+    found = network.__dict__.get(_ATTRIBUTE)
+    if found is None and not missing_ok:
+        raise UserError(f"no adapters are attached to this {type(network).__name__}")
+    return found
+
+
+def _known(installation: Installation, name: str) -> None:
+    if name not in installation.sets:
+        raise UserError(f"no adapter set named {name!r}; attached: {', '.join(installation.sets)}")
+
+
+def _key(site: Site) -> str:
+    return site.name.replace(".", "/")  # module names cannot hold dots
+
+
+def _seed(seed: int, name: str) -> int:
+    """A seed of its own for each site, so that adding or dropping targets leaves the other sites' starts alone."""
+    return int.from_bytes(hashlib.sha256(f"{seed}/{name}".encode()).digest()[:7], "big")
+
+
+def _gathered(evidence: Mapping[str, Evidence] | None) -> set[str]:
+    given = list((evidence or {}).values())
+    return {kind for kind in ("gradient", "covariance") if given and all(getattr(each, kind) is not None for each in given)}
+
+
+def _warn_unused_dropout(installation: Installation, adapters: AdapterSet) -> None:
+    without = [site.name for site in adapters.sites if not applies_dropout(installation.reader(site))]
+    if without and getattr(adapters.method, "dropout", 0) > 0:
+        warnings.warn(
+            f"dropout of {adapters.method.name} acts on linear and attention layers only; none at {len(without)} other sites "
+            f"({without[0]}, ...)",
+            stacklevel=3,
+        )
+
+
+def _add_fingerprints(adapters: AdapterSet, state: dict[str, Any], prefix: str, metadata: Any) -> None:
+    """state_dict carries what pins a recomputed basis, so that loading can tell a different one."""
+    for site in adapters.sites:
+        mark = adapters.adapters[_key(site)].fingerprint()
+        if mark is not None:
+            state[f"{prefix}adapters.{_key(site)}.fingerprint"] = mark.detach().float().cpu()
+
+
+def _check_fingerprints(adapters: AdapterSet, state: dict[str, Any], prefix: str, *rest: Any) -> None:
+    for site in adapters.sites:
+        key = f"{prefix}adapters.{_key(site)}.fingerprint"
+        mark = adapters.adapters[_key(site)].fingerprint()
+        stored = state.pop(key, None)
+        if mark is None or stored is None:
+            if (mark is None) != (stored is None):
+                raise UserError(f"{site.name}: the fingerprint of the adapter's basis is {'missing' if stored is None else 'not expected'}")
+            continue
+        if not torch.allclose(stored.to(mark), mark, rtol=1e-3, atol=1e-4):
+            raise UserError(f"{site.name}: the basis recomputed from the weights is not the one the adapter was trained with")

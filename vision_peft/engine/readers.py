@@ -1,0 +1,282 @@
+"""Readers: what runs in place of a module's call so that it sees effective weights; parameters stay where and what they are.
+
+A reader is a plain object stored as the instance's `forward`, so state_dict keys, deepcopy, pickle and hooks are untouched.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from vision_peft.engine.adapter import Adapter, Factored
+from vision_peft.engine.factored import factored_linear, stack_rows
+from vision_peft.engine.site import Site
+
+
+class State:
+    """The switches that all readers of one network share.
+
+    Attributes:
+        mix: coefficient of each active adapter set, by name.
+        enabled: False inside adapters_off().
+        merged: True while the effective values are written into the parameters.
+        observer: called with (site, input rows) during an evidence pass; None otherwise.
+    """
+
+    def __init__(self) -> None:
+        self.mix: dict[str, float] = {}
+        self.enabled = True
+        self.merged = False
+        self.observer: Callable[[Site, Tensor], None] | None = None
+
+    @property
+    def live(self) -> bool:
+        return self.enabled and not self.merged and bool(self.mix)
+
+
+class View:
+    """The effective value of one parameter: the frozen tensor seen through the active adapters of its sites."""
+
+    def __init__(self, state: State) -> None:
+        self.state = state
+        self.entries: dict[str, dict[str, tuple[Site, Adapter]]] = {}  # site name -> adapter set -> (site, adapter)
+
+    def add(self, set_name: str, site: Site, adapter: Adapter) -> None:
+        self.entries.setdefault(site.name, {})[set_name] = (site, adapter)
+
+    def discard(self, set_name: str) -> None:
+        self.entries = {
+            name: rest for name, sets in self.entries.items() if (rest := {key: pair for key, pair in sets.items() if key != set_name})
+        }
+
+    def active(self) -> list[tuple[Site, list[tuple[float, Adapter]]]]:
+        """Sites in row order, each with the (coefficient, adapter) pairs that are switched on."""
+        found = []
+        for sets in self.entries.values():
+            pairs = [(self.state.mix[name], adapter) for name, (_, adapter) in sets.items() if name in self.state.mix]
+            if pairs:
+                found.append((next(iter(sets.values()))[0], pairs))
+        return sorted(found, key=lambda item: item[0].rows or (0, 0))
+
+    def effective(self, parameter: Tensor) -> Tensor:
+        """The tensor used in place of `parameter`, in its shape and type; computed in float32, rounded once."""
+        pieces, row = [], 0
+        with torch.autocast(parameter.device.type, enabled=False):
+            for site, pairs in self.active():
+                start, stop = site.rows or (0, parameter.shape[0])
+                if start > row:
+                    pieces.append(parameter[row:start])
+                value = _mixed(site.matrix(parameter).to(torch.promote_types(parameter.dtype, torch.float32)), pairs)
+                pieces.append(value.reshape(site.shape).to(parameter.dtype))
+                row = stop
+            if not pieces:
+                return parameter
+            if row < parameter.shape[0]:
+                pieces.append(parameter[row:])
+        return pieces[0] if len(pieces) == 1 else torch.cat(pieces)
+
+    def factored(self, parameter: Tensor) -> Factored | None:
+        """All adapters of the parameter as one factored form, or None where one of them has none or several sets are mixed."""
+        blocks = []
+        with torch.autocast(parameter.device.type, enabled=False):
+            for site, pairs in self.active():
+                if len(pairs) != 1 or pairs[0][0] != 1.0:
+                    return None
+                form = pairs[0][1].factored(site.matrix(parameter).float())
+                if form is None:
+                    return None
+                if site.rows is None:
+                    return form
+                blocks.append((site.rows, form))
+            return stack_rows(blocks, parameter.shape[0]) if blocks else None
+
+
+def _mixed(W: Tensor, pairs: list[tuple[float, Adapter]]) -> Tensor:
+    """W + sum of coefficient * (adapted - W); exactly the adapter's own weight when it stands alone at 1."""
+    if len(pairs) == 1 and pairs[0][0] == 1.0:
+        return pairs[0][1].weight(W)
+    return W + sum(coefficient * (adapter.weight(W) - W) for coefficient, adapter in pairs)
+
+
+class Reader:
+    """Base of the readers of one module. Calls the module's own code with the parameters shadowed by their effective values."""
+
+    def __init__(self, module: nn.Module, state: State, calls: tuple[str, ...]) -> None:
+        self.module = module
+        self.state = state
+        self.views: dict[str, View] = {}  # parameter path from the module -> View
+        self.original = {call: module.__dict__.get(call) for call in calls}
+        for call in calls:
+            object.__setattr__(module, call, _Call(self, call))
+
+    def remove(self) -> None:
+        """Give the module its own methods back."""
+        for call, own in self.original.items():
+            if own is None:
+                object.__delattr__(self.module, call)
+            else:
+                object.__setattr__(self.module, call, own)
+
+    def view(self, parameter: str) -> View:
+        return self.views.setdefault(parameter, View(self.state))
+
+    def own(self, call: str, *args: Any, **kwargs: Any) -> Any:
+        """The module's method as it was before installation."""
+        instance = self.original[call]
+        return instance(*args, **kwargs) if instance is not None else getattr(type(self.module), call)(self.module, *args, **kwargs)
+
+    def run(self, call: str, *args: Any, **kwargs: Any) -> Any:
+        if self.state.observer is not None and call == "forward":
+            self.observe(*args, **kwargs)
+        if not self.state.live:
+            return self.own(call, *args, **kwargs)
+        return self.adapted(call, *args, **kwargs)
+
+    def adapted(self, call: str, *args: Any, **kwargs: Any) -> Any:
+        with _shadowed(self.module, self.views):
+            return self.own(call, *args, **kwargs)
+
+    def observe(self, x: Tensor, *args: Any, **kwargs: Any) -> None:
+        """Report the module's input to the evidence pass."""
+        for name in self.views:
+            self.report(name, x)
+
+    def report(self, parameter: str, x: Tensor) -> None:
+        for sets in self.views[parameter].entries.values():
+            site = next(iter(sets.values()))[0]
+            if site.role == "weight":
+                self.state.observer(site, x)
+
+    def linear(self, x: Tensor, weight: str, bias: str) -> Tensor:
+        """x W'^T + b' for the parameters of these paths, by the factored path where the adapters have one."""
+        W, b = _parameter(self.module, weight), _parameter(self.module, bias)
+        if b is not None and bias in self.views:
+            b = self.views[bias].effective(b)
+        if weight not in self.views:
+            return F.linear(x, W, b)
+        form = self.views[weight].factored(W)
+        if form is not None:
+            return factored_linear(x, W, b, form, self.module.training)
+        return F.linear(x, self.views[weight].effective(W), b)
+
+
+class _Call:
+    """A bound method of a reader that pickles and deep-copies."""
+
+    def __init__(self, reader: Reader, call: str) -> None:
+        self.reader, self.call = reader, call
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        return self.reader.run(self.call, *args, **kwargs)
+
+
+class LinearReader(Reader):
+    """nn.Linear, whole or in row slices: one matrix product."""
+
+    def adapted(self, call: str, x: Tensor) -> Tensor:
+        return self.linear(x, "weight", "bias")
+
+
+class AttentionReader(Reader):
+    """nn.MultiheadAttention re-expressed over its own tensors, so that q, k, v and out take the cheap path.
+
+    Self-attention without returned weights (what CLIP's towers ask for) is computed here; anything else runs the module's
+    own code with shadowed parameters, which is the same function at the price of dense weight gradients.
+    """
+
+    def adapted(
+        self,
+        call: str,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        key_padding_mask: Tensor | None = None,
+        need_weights: bool = True,
+        attn_mask: Tensor | None = None,
+        average_attn_weights: bool = True,
+        is_causal: bool = False,
+    ) -> tuple[Tensor, Tensor | None]:
+        if not self._reexpressible(query, key, value, key_padding_mask, need_weights):
+            options = {"key_padding_mask": key_padding_mask, "need_weights": need_weights, "attn_mask": attn_mask}
+            options |= {"average_attn_weights": average_attn_weights, "is_causal": is_causal}
+            return super().adapted(call, query, key, value, **options)
+        module: nn.MultiheadAttention = self.module
+        x = query if module.batch_first else query.transpose(0, 1)
+        out = self.linear(self._attend(x, attn_mask), "out_proj.weight", "out_proj.bias")
+        return (out if module.batch_first else out.transpose(0, 1)), None
+
+    def observe(self, x: Tensor, *args: Any, attn_mask: Tensor | None = None, **kwargs: Any) -> None:
+        for name in self.views:
+            if name == "in_proj_weight":
+                self.report(name, x)
+            elif name == "out_proj.weight":
+                self.report(name, self._attend(x if self.module.batch_first else x.transpose(0, 1), attn_mask))
+
+    def _reexpressible(self, query: Tensor, key: Tensor, value: Tensor, padding: Tensor | None, need_weights: bool) -> bool:
+        module: nn.MultiheadAttention = self.module
+        plain = module._qkv_same_embed_dim and module.bias_k is None and module.bias_v is None and not module.add_zero_attn
+        return plain and query is key and key is value and padding is None and not need_weights and query.dim() == 3
+
+    def _attend(self, x: Tensor, attn_mask: Tensor | None) -> Tensor:
+        """Attention of x (batch, length, width) before the output projection."""
+        module: nn.MultiheadAttention = self.module
+        batch, length, width = x.shape
+        qkv = self.linear(x, "in_proj_weight", "in_proj_bias")
+        q, k, v = qkv.view(batch, length, 3, module.num_heads, module.head_dim).permute(2, 0, 3, 1, 4)
+        if attn_mask is not None:
+            # nn.MultiheadAttention marks with True what must not be seen, scaled_dot_product_attention what may
+            attn_mask = ~attn_mask if attn_mask.dtype == torch.bool else attn_mask.to(q.dtype)
+            if attn_mask.dim() == 3:  # (batch * heads, length, length)
+                attn_mask = attn_mask.view(batch, module.num_heads, length, length)
+        dropout = module.dropout if module.training else 0.0
+        attended = F.scaled_dot_product_attention(q, k, v, attn_mask=attn_mask, dropout_p=dropout)
+        return attended.transpose(1, 2).reshape(batch, length, width)
+
+
+def make_reader(module: nn.Module, state: State, calls: tuple[str, ...]) -> Reader:
+    """The cheapest reader that is exact for this module; decided by the code its class runs, never by names."""
+    own = type(module).forward
+    if own is nn.Linear.forward and calls == ("forward",) and "forward" not in module.__dict__:
+        return LinearReader(module, state, calls)
+    if own is nn.MultiheadAttention.forward and calls == ("forward",):
+        return AttentionReader(module, state, calls)
+    return Reader(module, state, calls)
+
+
+def applies_dropout(reader: Reader) -> bool:
+    """Whether the reader can drop inputs of a branch; a shadowed weight has no branch."""
+    return isinstance(reader, (LinearReader, AttentionReader))
+
+
+def _owner(module: nn.Module, parameter: str) -> tuple[nn.Module, str]:
+    path, _, name = parameter.rpartition(".")
+    return (module.get_submodule(path) if path else module), name
+
+
+def _parameter(module: nn.Module, parameter: str) -> Tensor | None:
+    """The frozen tensor itself, whether or not it is shadowed at the moment."""
+    owner, name = _owner(module, parameter)
+    return owner._parameters.get(name)
+
+
+@contextmanager
+def _shadowed(module: nn.Module, views: dict[str, View]) -> Iterator[None]:
+    """Within the block, attribute access to these parameters gives their effective values; nesting is harmless."""
+    undo: list[tuple[nn.Module, str, Tensor | None]] = []
+    try:
+        for parameter, view in views.items():
+            owner, name = _owner(module, parameter)
+            undo.append((owner, name, owner.__dict__.get(name)))
+            object.__setattr__(owner, name, view.effective(owner._parameters[name]))
+        yield
+    finally:
+        for owner, name, before in reversed(undo):
+            if before is not None:
+                object.__setattr__(owner, name, before)
+            else:
+                owner.__dict__.pop(name, None)

@@ -1,0 +1,108 @@
+"""Which layers a method adapts: presets and patterns over canonical names, the table of sites, nearest-name errors."""
+
+from __future__ import annotations
+
+import fnmatch
+import re
+from collections.abc import Callable, Iterable, Sequence
+
+from torch import nn
+
+from vision_peft.engine.adapter import Method
+from vision_peft.engine.site import Site
+from vision_peft.errors import UserError, nearest
+
+
+def _ends(*names: str) -> Callable[[Site], bool]:
+    suffixes = tuple(tuple(name.split(".")) for name in names)
+    return lambda site: any(tuple(site.target.split(".")[-len(suffix) :]) == suffix for suffix in suffixes)
+
+
+PRESETS: dict[str, Callable[[Site], bool]] = {
+    "qv": _ends("attn.q", "attn.v"),
+    "qkv": _ends("attn.q", "attn.k", "attn.v"),
+    "attn": _ends("attn.q", "attn.k", "attn.v", "attn.out"),
+    "mlp": _ends("mlp.fc1", "mlp.fc2"),
+    "attn+mlp": _ends("attn.q", "attn.k", "attn.v", "attn.out", "mlp.fc1", "mlp.fc2"),
+    "conv": lambda site: site.kind == "conv",
+    "all": lambda site: True,
+}
+
+
+def resolve(targets: str | Sequence[str], sites: Sequence[Site], method: Method) -> list[Site]:
+    """The sites of the method's roles whose layer matches, in network order.
+
+    Args:
+        targets: presets (`qv`, `qkv`, `attn`, `mlp`, `attn+mlp`, `conv`, `all`; `vision:qv` and `text:qv` keep to one tower) or globs
+            over canonical layer names, with braces and ranges: `vision.{6..11}.attn.{q,v}`, `text.*.mlp.*`. `*` also matches dots.
+
+    Raises:
+        UserError: for a pattern that matches nothing (names the nearest layers), or matches no tensor of the method's roles.
+    """
+    wanted = [targets] if isinstance(targets, str) else list(targets)
+    if not wanted:
+        raise UserError("adapter.targets is empty: give a preset or a pattern")
+    chosen: set[str] = set()
+    for pattern in wanted:
+        matched = [site for site in sites if _matches(pattern, site)]
+        if not matched:
+            raise UserError(_no_match(pattern, sites))
+        fitting = [site.name for site in matched if site.role in method.roles]
+        if not fitting:
+            kinds = " or ".join(method.roles)
+            raise UserError(f"adapter.targets: {pattern!r} matches {len(matched)} tensors, but {method.name} adapts {kinds} tensors only")
+        chosen.update(fitting)
+    return [site for site in sites if site.name in chosen]
+
+
+def _matches(pattern: str, site: Site) -> bool:
+    tower, colon, preset = pattern.partition(":")
+    if colon and preset in PRESETS:
+        return site.target.split(".")[0] == tower and PRESETS[preset](site)
+    if pattern in PRESETS:
+        return PRESETS[pattern](site)
+    return any(fnmatch.fnmatchcase(site.target, glob) for glob in expand(pattern))
+
+
+def expand(pattern: str) -> list[str]:
+    """Globs without braces: `a.{1..3}.{q,v}` -> `a.1.q`, `a.1.v`, `a.2.q`, ..."""
+    match = re.search(r"\{([^{}]*)\}", pattern)
+    if not match:
+        return [pattern]
+    span = re.fullmatch(r"(\d+)\.\.(\d+)", match[1])
+    options: Iterable[str] = map(str, range(int(span[1]), int(span[2]) + 1)) if span else match[1].split(",")
+    return [whole for option in options for whole in expand(pattern[: match.start()] + option + pattern[match.end() :])]
+
+
+def _no_match(pattern: str, sites: Sequence[Site]) -> str:
+    names = list(dict.fromkeys(site.target for site in sites))
+    plain = expand(pattern)[0].replace("*", names[0].split(".")[1] if "." in names[0] else "0")
+    return f"adapter.targets: {pattern!r} matches no layer{nearest(plain, [*PRESETS, *names])}"
+
+
+def fused_qkv(path: str, module: nn.Linear) -> list[str] | None:
+    """q, k, v blocks of a fused projection in a network without canonical names: a Linear called exactly `qkv` with three rows a column."""
+    parent, _, last = path.rpartition(".")
+    if last != "qkv" or module.out_features != 3 * module.in_features:
+        return None
+    return [f"{parent}.{part}" if parent else part for part in "qkv"]
+
+
+def table(sites: Sequence[Site], method: Method) -> str:
+    """Site, shape, trainable numbers, size in the adapter file, memory while training (value, gradient, two AdamW moments)."""
+    rows = [("site", "kind", "shape", "trainable", "saved KiB", "memory KiB")]
+    total = 0
+    for site in sites:
+        count = method.count(site)
+        total += count
+        shape = " x ".join(map(str, site.shape))
+        rows.append((site.name, site.kind, shape, f"{count:,}", f"{count * 4 / 1024:.1f}", f"{count * 16 / 1024:.1f}"))
+    rows.append((f"{len(sites)} sites", "", "", f"{total:,}", f"{total * 4 / 1024:.1f}", f"{total * 16 / 1024:.1f}"))
+    widths = [max(len(row[column]) for row in rows) for column in range(6)]
+    lines = ["  ".join(_align(cell, width, column) for column, (cell, width) in enumerate(zip(row, widths))).rstrip() for row in rows]
+    rule = "-" * max(map(len, lines))
+    return "\n".join([lines[0], rule, *lines[1:-1], rule, lines[-1]])
+
+
+def _align(cell: str, width: int, column: int) -> str:
+    return cell.ljust(width) if column < 3 else cell.rjust(width)
