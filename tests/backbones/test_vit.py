@@ -1,4 +1,4 @@
-"""timm backbones: names, readers, cuts, strict loading, and features that mean something."""
+"""timm backbones: names, readers, cuts, and features that mean something."""
 
 import copy
 import csv
@@ -6,14 +6,11 @@ import os
 from pathlib import Path
 
 import pytest
-import timm
 import torch
-from safetensors.torch import save_file
+from PIL import Image
 from torch import nn
-from torchvision.io import ImageReadMode, read_image
 from torchvision.transforms import v2
 
-from vision_peft.backbones.catalogue import list_backbones
 from vision_peft.backbones.vit import Vit
 from vision_peft.engine.adapter import Adapter
 from vision_peft.engine.readers import State, make_reader
@@ -30,10 +27,13 @@ FUNCTIONAL_QKV = ("beit_base_patch16_224", "eva02_tiny_patch14_224", "swinv2_tin
 
 
 def random_vit(name: str = "vit_tiny_patch16_224", **options) -> Vit:
-    """A loaded network with random weights, in eval mode."""
+    """A loaded network with random weights, none of them all zeros, in eval mode."""
     torch.manual_seed(0)
-    backbone = Vit(name, pretrained=False, **(options or SMALL[name]))
+    backbone = Vit(name, pretrained=False, **(options or SMALL.get(name, {})))
     backbone.load()
+    for parameter in backbone.parameters():
+        if not parameter.any():  # timm starts some norms, biases and tokens at zero, which would hide what they multiply
+            parameter.normal_(std=0.1)
     return backbone.eval()
 
 
@@ -106,10 +106,8 @@ def test_the_named_reader_is_the_one_that_reads(name, options, target):
     options = {**options, "pool": "token"} if target == "vision.cls_token" else options
     backbone = random_vit(name, **options)
     x, site = images(backbone), next(site for site in backbone.sites() if site.name == target)
-    backbone.network.get_parameter(site.path).data.normal_()  # class tokens and some biases start at or near zero
     with torch.no_grad():
-        before = backbone(x)
-        changed = copy.deepcopy(backbone)
+        before, changed = backbone(x), copy.deepcopy(backbone)
         site.slice(changed.network.get_parameter(site.path)).zero_()
         state = State()
         state.mix["test"] = 1.0
@@ -172,63 +170,6 @@ def test_load_is_idempotent():
     assert backbone.network is network
 
 
-# loading from files
-
-
-@pytest.fixture(scope="module")
-def checkpoint():
-    """A whole ViT-Tiny with classifier at 64 pixels: 1 + 16 positions."""
-    torch.manual_seed(0)
-    return timm.create_model("vit_tiny_patch16_224", img_size=64).state_dict()
-
-
-@pytest.mark.parametrize("suffix", [".safetensors", ".pth"])
-def test_a_local_file_fills_the_network(checkpoint, tmp_path, suffix):
-    path = tmp_path / f"vit{suffix}"
-    save_file(checkpoint, path) if suffix == ".safetensors" else torch.save(checkpoint, path)
-    backbone = Vit("vit_tiny_patch16_224", image_size=64, weights=str(path))
-    backbone.load()
-    own = backbone.network.state_dict()
-    assert checkpoint.keys() - own.keys() == {"head.weight", "head.bias"}
-    assert all(torch.equal(own[key], checkpoint[key]) for key in own)
-
-
-def test_position_table_is_resampled_and_blocks_are_cut(checkpoint, tmp_path):
-    save_file(checkpoint, tmp_path / "vit.safetensors")
-    backbone = Vit("vit_tiny_patch16_224", image_size=96, depth=2, weights=str(tmp_path / "vit.safetensors"))
-    backbone.load()
-    own = backbone.network.state_dict()
-    assert backbone.resized == {"pos_embed"}
-    expected = timm.layers.resample_abs_pos_embed(checkpoint["pos_embed"], [6, 6], num_prefix_tokens=1)
-    assert torch.equal(own["pos_embed"], expected)
-    assert torch.equal(own["blocks.1.attn.qkv.weight"], checkpoint["blocks.1.attn.qkv.weight"])
-    assert backbone.num_blocks == 2 and torch.equal(own["norm.weight"], torch.ones(192))
-
-
-def test_a_file_that_does_not_fit_is_refused_by_key(checkpoint, tmp_path):
-    wrong = {**checkpoint, "blocks.0.extra": torch.zeros(1), "norm.bias": torch.zeros(3)}
-    del wrong["blocks.5.norm1.weight"]
-    save_file(wrong, tmp_path / "wrong.safetensors")
-    backbone = Vit("vit_tiny_patch16_224", image_size=64, weights=str(tmp_path / "wrong.safetensors"))
-    with pytest.raises(UserError, match=r"missing blocks\.5\.norm1\.weight.*blocks\.0\.extra.*norm\.bias \(3,\) instead of \(192,\)"):
-        backbone.load()
-
-
-def test_a_pickle_that_runs_code_is_refused(tmp_path):
-    torch.save({"weights": pytest.approx}, tmp_path / "evil.pt")
-    with pytest.raises(UserError, match="cannot be read"):
-        Vit("resnet18", weights=str(tmp_path / "evil.pt")).load()
-
-
-def test_without_a_network_the_download_names_the_alternatives(monkeypatch, tmp_path):
-    hub = pytest.importorskip("huggingface_hub.constants")
-    monkeypatch.setattr(hub, "HF_HUB_OFFLINE", True)  # the hub's own switch: fail at once instead of after its retries
-    monkeypatch.setattr(hub, "HF_HUB_CACHE", str(tmp_path))
-    with pytest.raises(UserError, match="weights: PATH.*offline:effnet_lite0") as caught:
-        Vit("vit_tiny_patch16_224.augreg_in21k").load()
-    assert "\n" not in str(caught.value)
-
-
 # errors of the user's
 
 
@@ -256,23 +197,7 @@ def test_bad_arguments_are_answered_in_one_line_at_construction(arguments, messa
     assert "\n" not in str(caught.value)
 
 
-def test_list_backbones():
-    assert ("offline:effnet_lite0", "offline", 4_652_008) in list(list_backbones("offline:*"))
-    assert ("resnet18", "timm", None) in list(list_backbones("resnet*"))
-
-
 # the offline weights
-
-
-@pytest.mark.parametrize(("depth", "pool"), [(9, "avg"), (12, "token")])
-def test_dinov2_depth_decides_norm_and_pooling(depth, pool):
-    backbone = Vit(depth=depth)
-    backbone.load()
-    assert backbone.network.global_pool == pool and len(backbone.network.blocks) == depth
-    fresh = torch.equal(backbone.network.norm.weight, torch.ones(384))
-    assert fresh == (depth < 12)
-    assert backbone.network.pos_embed.shape == (1, 1 + 8 * 8, 384)
-    assert backbone.describe()["sha256"].startswith("198644e3")
 
 
 @pytest.mark.parametrize(("name", "least"), [("offline:dinov2_vits14", 0.3), ("offline:effnet_lite0", 0.5)])
@@ -299,8 +224,9 @@ def _features(backbone: Vit, root: Path, split: str, count: int) -> tuple[torch.
     for row in rows:
         by_class.setdefault(row["label"], []).append(row["path"])
     how = backbone.preprocess
-    resize = v2.Compose(
+    transform = v2.Compose(
         [
+            v2.ToImage(),
             v2.Resize(round(how.size / how.crop), interpolation=v2.InterpolationMode(how.interpolation)),
             v2.CenterCrop(how.size),
             v2.ToDtype(torch.float32, scale=True),
@@ -309,7 +235,7 @@ def _features(backbone: Vit, root: Path, split: str, count: int) -> tuple[torch.
     )
     labels = sorted(by_class)
     paths = [root / path for label in labels for path in by_class[label][:count]]
-    batch = torch.stack([resize(read_image(str(path), ImageReadMode.RGB)) for path in paths])
+    batch = torch.stack([transform(Image.open(path).convert("RGB")) for path in paths])
     with torch.inference_mode():
         features = nn.functional.normalize(backbone(batch))
     return features, torch.arange(len(labels)).repeat_interleave(count)

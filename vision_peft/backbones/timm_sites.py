@@ -53,9 +53,7 @@ def trace(network: nn.Module, image_size: int) -> tuple[set[str], tuple[int, ...
         The paths of the modules that were called, and the shape of the output.
     """
     called: set[str] = set()
-    hooks = [
-        module.register_forward_pre_hook(lambda module, args, path=path: called.add(path)) for path, module in network.named_modules()
-    ]
+    hooks = [module.register_forward_pre_hook(lambda module, args, path=path: called.add(path)) for path, module in network.named_modules()]
     training = network.training
     try:
         with torch.no_grad():

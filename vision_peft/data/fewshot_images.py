@@ -26,10 +26,9 @@ from vision_peft.errors import UserError
 class FewShotImages(lightning.LightningDataModule):
     """Labelled pictures of a Source. Batches are (images float32 (B, 3, S, S), labels int64 (B,)).
 
-    The task sets `preprocess` (its backbone's) before a loader is asked for. The last partial batch is kept everywhere. Which
-    pictures are drawn, their order and their augmentation depend on `seed` (and the epoch), never on workers, devices or an
-    interruption. Where a set has no val split: with shots, val is drawn from train beside the shots; without, there is no
-    validation. Where it has no test split, testing is an error.
+    The task sets `preprocess` (its backbone's) before a loader is asked for. Last partial batches are kept. Which pictures are drawn,
+    their order and augmentation depend on `seed` (and the epoch), never on workers, devices or an interruption. A set without val:
+    with shots, val is drawn from train beside the shots; without, there is no validation. A set without test: testing is an error.
 
     Args:
         source: where pictures and labels come from.
@@ -38,13 +37,11 @@ class FewShotImages(lightning.LightningDataModule):
         batch_size: training pictures a device and step.
         eval_batch_size: pictures a device and step in validation, test and prediction.
         num_workers: processes that decode and augment; 0 does it in the training process, which is enough with cached pictures.
-        augment: "clip_lora" random crop and flip; "flip" the evaluation crop and flip; "none" the evaluation transform, with which
-            features of a frozen backbone can be computed once.
+        augment: "clip_lora" random crop and flip; "flip" evaluation crop and flip; "none" evaluation transform, so features can be kept.
         min_scale: smallest area of a random crop, as a share of the picture.
         shrink: before random crops, pictures are shrunk to a short side of at most shrink times the input size; null crops the
             original, as the CLIP-LoRA paper does, at several times the memory.
-        bad_images: what to do about a picture that cannot be decoded, found before training: "error" or "skip" (warns; a class may
-            then have fewer than `shots` pictures).
+        bad_images: on pictures that do not decode, found before training: "error" or "skip" (warns; leaves fewer than `shots`).
         cache_images: keep train and val pictures decoded in memory, as uint8: 150 kB each at 224 pixels, 450 kB with "clip_lora".
             Changes no pixel. Test pictures are read once and not kept.
         full_val: validate on the whole val split instead of the min(shots, 4) pictures a class drawn for it.
@@ -53,8 +50,7 @@ class FewShotImages(lightning.LightningDataModule):
 
     Attributes:
         preprocess: how pictures become the network's input; None until the task sets it.
-        with_index: set it to True before loaders are asked for, and train, val and test batches carry the indices of their items
-            in `train_records`, ... as a third element, int64 (B,).
+        with_index: False; set to True, train, val and test batches end in the indices int64 (B,) of their items in `train_records`, ...
         class_names, num_classes: what labels mean, after setup().
         train_records, val_records, test_records: after the setup() of a stage that uses them; empty before.
     """
@@ -86,12 +82,10 @@ class FewShotImages(lightning.LightningDataModule):
             raise UserError(f"data.shrink: must be at least 1 or null, not {shrink}")
         if template.count("{}") != 1:
             raise UserError(f"data.template: must contain {{}} once, for the class name: {template!r}")
-        self.source = source
-        self.shots, self.seed = shots, seed
+        self.source, self.shots, self.seed = source, shots, seed
         self.batch_size, self.eval_batch_size, self.num_workers = batch_size, eval_batch_size, num_workers
         self.augment, self.min_scale, self.shrink = augment, min_scale, shrink
-        self.bad_images, self.cache_images, self.full_val = bad_images, cache_images, full_val
-        self.template = template
+        self.bad_images, self.cache_images, self.full_val, self.template = bad_images, cache_images, full_val, template
         self.predict_folder = existing(predict_folder, "data.predict_folder") if predict_folder is not None else None
 
         self.preprocess: Preprocess | None = None
@@ -116,7 +110,7 @@ class FewShotImages(lightning.LightningDataModule):
 
     def prompts(self) -> list[str]:
         """One sentence a class, by label."""
-        return [self.template.format(name.replace("_", " ")) for name in self.class_names]
+        return [self.template.replace("{}", name.replace("_", " ")) for name in self.class_names]
 
     def prepare_data(self) -> None:
         """Decode what the run will use. Lightning calls this in one process a machine first, so that the others find it verified."""
@@ -157,10 +151,8 @@ class FewShotImages(lightning.LightningDataModule):
 
     def predict_dataloader(self) -> DataLoader:
         """Batches (images, paths: list of B strings), in sorted order."""
-        if self.predict_folder is None:
-            raise UserError("data.predict_folder: not set; give the folder of pictures to predict")
         if not self.predict_records:
-            raise UserError(f"data.predict_folder: no picture in {self.predict_folder}")
+            raise UserError(f"data.predict_folder: {'not set' if self.predict_folder is None else f'no picture in {self.predict_folder}'}")
         dataset = PathDataset(self.predict_records, EvalTransform(self._preprocess()))
         return DataLoader(dataset, batch_size=self.eval_batch_size, **self._loading())
 

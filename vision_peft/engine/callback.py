@@ -1,0 +1,111 @@
+"""AdapterCallback: puts the method of a YAML onto the task's backbone and keeps it going through a Lightning run."""
+
+from __future__ import annotations
+
+import itertools
+from pathlib import Path
+from typing import Any
+
+import lightning.pytorch as pl
+import torch
+from lightning.pytorch.utilities import rank_zero_info, rank_zero_only
+
+from vision_peft.engine.adapter import Clock, Method
+from vision_peft.engine.evidence import collect
+from vision_peft.engine.install import AdapterSet, attach, installed
+from vision_peft.engine.store import fingerprint, save_adapter
+from vision_peft.engine.targets import resolve, table
+from vision_peft.errors import UserError
+
+
+class AdapterCallback(pl.Callback):
+    """Installs adapters before training, steps their schedule, and writes the adapter folder at the end.
+
+    Args:
+        method: what to put on the backbone; null leaves it frozen, so that only the task's head is trained (linear probe).
+        targets: presets and patterns of the layers to adapt, see `vision-peft targets`.
+        seed: of the adapters' starts and random bases.
+        evidence_batches: training batches of the calibration pass, for methods that need one.
+        folder: where the adapter goes after fit; by default `adapter` in the run's folder.
+    """
+
+    def __init__(
+        self,
+        method: Method | None = None,
+        targets: str | list[str] = "attn+mlp",
+        seed: int = 0,
+        evidence_batches: int = 8,
+        folder: str | None = None,
+    ) -> None:
+        self.method, self.targets, self.seed, self.evidence_batches, self.folder = method, targets, seed, evidence_batches, folder
+        self.adapters: AdapterSet | None = None
+        self._steps_seen = 0
+
+    def check(self, backbone: Any) -> None:
+        """Raise UserError where method or targets do not fit the backbone; reads no weights."""
+        if self.method is not None:
+            for site in resolve(self.targets, backbone.sites(), self.method):
+                self.method.count(site)
+
+    def setup(self, trainer: pl.Trainer, task: Any, stage: str) -> None:
+        task.prepare(trainer)
+        network = task.backbone.network
+        if self.method is None or installed(network):
+            return
+        sites = resolve(self.targets, task.backbone.sites(), self.method)
+        evidence = self._evidence(trainer, task, sites) if self.method.evidence and stage == "fit" else None
+        task.frozen_fingerprint = fingerprint(network, task.backbone.resized)
+        self.adapters = attach(network, self.method, self.targets, sites=task.backbone.sites(), seed=self.seed, evidence=evidence)
+        task.add_part("adapters", self.adapters)
+        task.backbone.adapted = frozenset(site.target for site in self.adapters.sites)
+        rank_zero_info(f"{self.method!r}\n{table(self.adapters.sites, self.method)}")
+
+    def on_train_start(self, trainer: pl.Trainer, task: Any) -> None:
+        self._steps_seen = trainer.global_step
+
+    def on_train_batch_end(self, trainer: pl.Trainer, task: Any, outputs: Any, batch: Any, batch_idx: int) -> None:
+        if self.adapters is not None and trainer.global_step > self._steps_seen:  # gradient accumulation: not every batch is a step
+            self._steps_seen = trainer.global_step
+            self.adapters.coordinate(Clock(trainer.global_step, int(trainer.estimated_stepping_batches), trainer.current_epoch))
+
+    def on_fit_end(self, trainer: pl.Trainer, task: Any) -> None:
+        if self.adapters is not None and not trainer.fast_dev_run:
+            self.export(trainer, task)
+
+    @rank_zero_only
+    def export(self, trainer: pl.Trainer, task: Any) -> None:
+        folder = Path(self.folder or Path(trainer.log_dir or trainer.default_root_dir) / "adapter")
+        metrics = {key: float(value) for key, value in trainer.callback_metrics.items()}
+        save_adapter(
+            folder,
+            task.backbone.network,
+            seed=self.seed,
+            backbone=task.backbone.describe(),
+            resized=task.backbone.resized,
+            parts={name: part for name, part in task.parts.items() if name != "adapters"},
+            extra={"targets": self.targets, "metrics": metrics, **task.facts()},
+            card=self._card(task, metrics),
+        )
+        size = sum(file.stat().st_size for file in folder.iterdir()) / 2**20
+        rank_zero_info(f"adapter: {folder} ({size:.2f} MiB, {self.adapters.num_trainable():,} trained numbers)")
+
+    def _card(self, task: Any, metrics: dict[str, float]) -> str:
+        rows = "\n".join(f"| {key} | {value:.4f} |" for key, value in sorted(metrics.items()))
+        backbone = ", ".join(f"{key} {value}" for key, value in task.backbone.describe().items())
+        return (
+            f"# {type(self.method).__name__} adapter\n\n"
+            f"Backbone: {backbone}.\n\nMethod: `{self.method!r}` on {len(self.adapters.sites)} sites, "
+            f"{self.adapters.num_trainable():,} trained numbers.\n\n| metric | value |\n|---|---|\n{rows}\n\n"
+            "Load it with `vision_peft.load_adapter(network, folder, sites=backbone.sites())`, evaluate it with the run's "
+            "configuration, export it with `vision-peft export`.\n"
+        )
+
+    def _evidence(self, trainer: pl.Trainer, task: Any, sites: list[Any]) -> dict[str, Any]:
+        if trainer.datamodule is None:
+            raise UserError(f"method {self.method.name} needs a calibration pass over training data: give the run a datamodule")
+        device = trainer.strategy.root_device
+        task.to(device)
+        batches = itertools.islice(iter(trainer.datamodule.train_dataloader()), self.evidence_batches)
+        moved = (task.transfer_batch_to_device(batch, device, 0) for batch in batches)
+        with torch.random.fork_rng():  # the calibration pass must not shift what training draws
+            return collect(task.backbone.network, sites, self.method.evidence, moved, task.loss)

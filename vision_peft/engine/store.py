@@ -1,0 +1,189 @@
+"""The adapter folder: adapter_model.safetensors, adapter_config.json and README.md; written atomically, loaded strictly, never executed."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import shutil
+import tempfile
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+
+from vision_peft.engine.adapter import find_method
+from vision_peft.engine.install import AdapterSet, Installation, _find, _install
+from vision_peft.engine.site import Site, enumerate_sites
+from vision_peft.engine.targets import fused_qkv
+from vision_peft.errors import UserError
+
+WEIGHTS, CONFIG, CARD = "adapter_model.safetensors", "adapter_config.json", "README.md"
+FORMAT = 1
+
+
+def fingerprint(network: nn.Module, resized: frozenset[str] = frozenset()) -> str:
+    """SHA-256 over names, shapes and bytes of the frozen network's state, without the tables that depend on the image size.
+
+    Adapters that are merged at the moment do not change it.
+    """
+    found = _find(network, missing_ok=True)
+    saved = found.saved if found else {}
+    digest = hashlib.sha256()
+    for key, tensor in sorted(network.state_dict().items()):
+        if key not in resized:
+            value = saved.get(key, tensor).detach().cpu().contiguous()
+            digest.update(f"{key}{tuple(value.shape)}{value.dtype}".encode())
+            digest.update(value.reshape(-1).view(torch.uint8).numpy())
+    return digest.hexdigest()
+
+
+def save_adapter(
+    folder: str | os.PathLike[str],
+    network: nn.Module,
+    *,
+    name: str = "default",
+    seed: int = 0,
+    backbone: Mapping[str, Any] | None = None,
+    resized: frozenset[str] = frozenset(),
+    parts: Mapping[str, nn.Module] | None = None,
+    extra: Mapping[str, Any] | None = None,
+    card: str = "",
+) -> Path:
+    """Write the adapter set `name` of `network`, and trained `parts` such as a head; an existing folder is replaced only when all is written.
+
+    Args:
+        seed: the one given to attach(): what bases are redrawn from.
+        backbone: what identifies the backbone to a reader of the config; the fingerprint is added here.
+        resized: state_dict keys that depend on the image size.
+        extra: JSON-ready facts to keep in the config (class names, metrics).
+        card: text of README.md.
+    """
+    found = _find(network)
+    adapters = found.sets[name]
+    tensors = {f"parts.{part}.{key}": value for part, module in (parts or {}).items() for key, value in module.state_dict().items()}
+    tensors |= adapters.state_dict()
+    config = {
+        "format": FORMAT,
+        "method": {"name": adapters.method.name, "hyperparameters": adapters.method.hyperparameters()},
+        "sites": [site.name for site in adapters.sites],
+        "seed": seed,
+        "backbone": {**(backbone or {"class": type(network).__name__}), "fingerprint": fingerprint(network, resized)},
+        "parts": sorted(parts or {}),
+        **(extra or {}),
+    }
+    target = Path(folder)
+    target.parent.mkdir(parents=True, exist_ok=True)
+    staging = Path(tempfile.mkdtemp(prefix=f".{target.name}.", dir=target.parent))
+    try:
+        save_file({key: value.detach().cpu().contiguous().clone() for key, value in tensors.items()}, staging / WEIGHTS)
+        (staging / CONFIG).write_text(json.dumps(config, indent=2) + "\n")
+        (staging / CARD).write_text(card or f"# {adapters.method.name} adapter\n")
+        staging.chmod(0o755)
+        _replace(staging, target)
+    finally:
+        shutil.rmtree(staging, ignore_errors=True)
+    return target
+
+
+def load_adapter(
+    network: nn.Module,
+    folder: str | os.PathLike[str],
+    *,
+    sites: Sequence[Site] | None = None,
+    name: str = "default",
+    resized: frozenset[str] = frozenset(),
+    parts: Mapping[str, nn.Module] | None = None,
+) -> AdapterSet:
+    """Attach the adapter set stored in `folder` and fill `parts`; strict in keys, shapes, backbone and recomputed bases.
+
+    Raises:
+        UserError: one line naming the folder and what does not fit; the network is then as it was.
+    """
+    config, tensors = read_config(folder), read_tensors(folder)
+    there = fingerprint(network, resized)
+    if config["backbone"]["fingerprint"] != there:
+        described = {key: value for key, value in config["backbone"].items() if key != "fingerprint"}
+        raise UserError(f"{folder}: the adapter belongs to another backbone ({described}): fingerprints differ")
+    known = {site.name: site for site in (sites if sites is not None else enumerate_sites(network, fused=fused_qkv))}
+    unknown = [each for each in config["sites"] if each not in known]
+    if unknown:
+        raise UserError(f"{folder}: the backbone has no layer {unknown[0]!r}, which the adapter adapts")
+    method = _method(folder, config)
+    adapters = AdapterSet(method, [known[each] for each in config["sites"]]).to(next(network.parameters()).device)
+    adapters.initialize(network, config["seed"])
+    own = {key: value for key, value in tensors.items() if not key.startswith("parts.")}
+    load_strictly(adapters, own, f"{folder}/{WEIGHTS}")
+    for part in config["parts"]:
+        if part in (parts or {}):
+            prefix = f"parts.{part}."
+            theirs = {key.removeprefix(prefix): value for key, value in tensors.items() if key.startswith(prefix)}
+            load_strictly(parts[part], theirs, f"{folder}/{WEIGHTS} ({part})")
+    installation = _find(network, missing_ok=True) or Installation(network)
+    if name in installation.sets:
+        raise UserError(f"an adapter set named {name!r} is already attached: detach() it or choose another name")
+    network.requires_grad_(False)
+    return _install(installation, name, adapters)
+
+
+def read_config(folder: str | os.PathLike[str]) -> dict[str, Any]:
+    """The folder's adapter_config.json, checked for the keys that loading needs."""
+    path = Path(folder) / CONFIG
+    if not path.is_file():
+        raise UserError(f"{folder}: no {CONFIG} in this folder: not an adapter folder")
+    try:
+        config = json.loads(path.read_text())
+    except ValueError as error:
+        raise UserError(f"{path}: not valid JSON ({error})") from error
+    missing = [key for key in ("format", "method", "sites", "seed", "backbone", "parts") if key not in config]
+    if missing:
+        raise UserError(f"{path}: key {missing[0]!r} is missing: not an adapter folder of this project")
+    if config["format"] != FORMAT:
+        raise UserError(f"{path}: format {config['format']} is not known to this version (it reads {FORMAT})")
+    return config
+
+
+def read_tensors(folder: str | os.PathLike[str]) -> dict[str, Tensor]:
+    path = Path(folder) / WEIGHTS
+    if not path.is_file():
+        raise UserError(f"{folder}: {WEIGHTS} is missing")
+    try:
+        return load_file(path)
+    except SafetensorError as error:
+        raise UserError(f"{path}: not a complete safetensors file ({error})") from error
+
+
+def load_strictly(module: nn.Module, tensors: Mapping[str, Tensor], source: str) -> None:
+    """load_state_dict where a missing, extra or misshapen key is one clear line that names `source` and the key."""
+    own = module.state_dict()
+    for key in sorted(own.keys() | tensors.keys()):
+        if key not in tensors:
+            raise UserError(f"{source}: key {key!r} is missing")
+        if key not in own:
+            raise UserError(f"{source}: key {key!r} is not expected")
+        if own[key].shape != tensors[key].shape:
+            raise UserError(f"{source}: {key!r} has shape {tuple(tensors[key].shape)}, expected {tuple(own[key].shape)}")
+    module.load_state_dict(dict(tensors))
+
+
+def _method(folder: str | os.PathLike[str], config: Mapping[str, Any]) -> Any:
+    cls = find_method(config["method"]["name"])
+    try:
+        return cls(**config["method"]["hyperparameters"])
+    except TypeError as error:
+        raise UserError(f"{Path(folder) / CONFIG}: hyper-parameters of {cls.name} do not fit ({error})") from error
+
+
+def _replace(staging: Path, target: Path) -> None:
+    """Put a finished folder in place; the old one is moved aside first and removed last, so one of the two is always whole."""
+    if not target.exists():
+        os.replace(staging, target)
+        return
+    aside = Path(tempfile.mkdtemp(prefix=f".{target.name}.old.", dir=target.parent))
+    os.replace(target, aside / "old")
+    os.replace(staging, target)
+    shutil.rmtree(aside)
