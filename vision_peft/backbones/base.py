@@ -33,12 +33,14 @@ class Backbone(nn.Module, ABC):
         num_features: length of the feature vector of one image.
         preprocess: see Preprocess.
         resized: state_dict keys whose values depend on the image size (position tables): left out of the fingerprint.
+        adapted: canonical names of the layers whose weights change in training; whatever does not depend on them may be cached.
     """
 
     network: nn.Module
     num_features: int
     preprocess: Preprocess
     resized: frozenset[str] = frozenset()
+    adapted: frozenset[str] = frozenset()
 
     @abstractmethod
     def load(self) -> None:
@@ -62,7 +64,10 @@ class Backbone(nn.Module, ABC):
         return 0
 
     def first_block(self, targets: set[str]) -> int:
-        """Index of the first block any of these layers (canonical names) belongs to; num_blocks if none does, 0 if one comes before the blocks."""
+        """Index of the first block any of these layers (canonical names) belongs to.
+
+        num_blocks if none belongs to a block; 0 if one comes before the blocks or is a tensor of the root.
+        """
         return 0
 
     def prefix(self, images: Tensor, block: int) -> Tensor:

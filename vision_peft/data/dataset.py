@@ -32,30 +32,49 @@ class ImageDataset(Dataset):
         cache: decode everything now and keep it (uint8, in front of the random half of the transform). In the constructor and not
             on first use, so that workers share one copy. Changes no pixel.
         with_index: whether items carry their index.
+        views: augmented versions of a picture, one an epoch in turn; None for a new one every epoch.
 
     Raises:
         UserError: a cache of more than 4 GiB; a picture that cannot be decoded.
     """
 
     def __init__(
-        self, records: Sequence[Record], transform: Transform, *, seed: int = 0, cache: bool = False, with_index: bool = False
+        self,
+        records: Sequence[Record],
+        transform: Transform,
+        *,
+        seed: int = 0,
+        cache: bool = False,
+        with_index: bool = False,
+        views: int | None = None,
     ) -> None:
         self.records = list(records)
         self.transform = transform
         self.seed = seed
         self.with_index = with_index
+        self._views = views
         self.cached = self._decode_all() if cache else None
 
     @property
-    def deterministic(self) -> bool:
-        """Whether an item is the same in every epoch, so that what is computed from it can be kept."""
-        return not self.transform.random
+    def views(self) -> int | None:
+        """How many different versions of a picture there are over all epochs; None: a new one every epoch."""
+        return self._views if self.transform.random else 1
+
+    def at(self, index: int, epoch: int) -> Tensor:
+        """The image of an index in an epoch, float32 (3, S, S)."""
+        return self[Draw(index, epoch)][0]
+
+    def identity(self) -> str:
+        """Changes with anything the pictures depend on: files and their times, transform, seed, views."""
+        files = [(str(record.path), record.path.stat().st_mtime_ns) if record.path.is_file() else str(record.path) for record in self.records]
+        return repr((files, type(self.transform).__name__, sorted(map(repr, vars(self.transform).items())), self.seed, self._views))
 
     def __len__(self) -> int:
         return len(self.records)
 
     def __getitem__(self, key: int | Draw) -> tuple[Tensor, int] | tuple[Tensor, int, int]:
         index, epoch = key if isinstance(key, Draw) else (key, 0)
+        epoch = epoch if self._views is None else epoch % self._views
         record = self.records[index]
         pixels = self._decode(record) if self.cached is None else self.cached[index]
         # A string seed is hashed: neighbouring (seed, epoch, index) give unrelated streams.

@@ -39,6 +39,8 @@ class FewShotImages(lightning.LightningDataModule):
         num_workers: processes that decode and augment; 0 does it in the training process, which is enough with cached pictures.
         augment: "clip_lora" random crop and flip; "flip" evaluation crop and flip; "none" evaluation transform, so features can be kept.
         min_scale: smallest area of a random crop, as a share of the picture.
+        views: number of augmented versions of a picture, one an epoch in turn, so that features of a frozen backbone can be computed
+            once; null for a new one every epoch.
         shrink: before random crops, pictures are shrunk to a short side of at most shrink times the input size; null crops the
             original, as the CLIP-LoRA paper does, at several times the memory.
         bad_images: on pictures that do not decode, found before training: "error" or "skip" (warns; leaves fewer than `shots`).
@@ -65,6 +67,7 @@ class FewShotImages(lightning.LightningDataModule):
         num_workers: int = 0,
         augment: Literal["clip_lora", "flip", "none"] = "clip_lora",
         min_scale: float = 0.08,
+        views: int | None = None,
         shrink: float | None = 1.5,
         bad_images: Literal["error", "skip"] = "error",
         cache_images: bool = True,
@@ -73,7 +76,7 @@ class FewShotImages(lightning.LightningDataModule):
         predict_folder: str | None = None,
     ) -> None:
         super().__init__()
-        for key, value in {"shots": shots, "batch_size": batch_size, "eval_batch_size": eval_batch_size}.items():
+        for key, value in {"shots": shots, "batch_size": batch_size, "eval_batch_size": eval_batch_size, "views": views}.items():
             if value is not None and value < 1:
                 raise UserError(f"data.{key}: must be at least 1, not {value}")
         if not 0 < min_scale <= 1:
@@ -84,7 +87,7 @@ class FewShotImages(lightning.LightningDataModule):
             raise UserError(f"data.template: must contain {{}} once, for the class name: {template!r}")
         self.source, self.shots, self.seed = source, shots, seed
         self.batch_size, self.eval_batch_size, self.num_workers = batch_size, eval_batch_size, num_workers
-        self.augment, self.min_scale, self.shrink = augment, min_scale, shrink
+        self.augment, self.min_scale, self.views, self.shrink = augment, min_scale, views, shrink
         self.bad_images, self.cache_images, self.full_val, self.template = bad_images, cache_images, full_val, template
         self.predict_folder = existing(predict_folder, "data.predict_folder") if predict_folder is not None else None
 
@@ -158,10 +161,11 @@ class FewShotImages(lightning.LightningDataModule):
 
     @cached_property
     def train_dataset(self) -> ImageDataset:
-        """`train_dataset.deterministic` tells whether its items are the same in every epoch (augment: none)."""
+        """`train_dataset.views` tells whether its items repeat, so that what is computed from them can be kept."""
         self._require_setup(self.train_records, "fit")
         transform = train_transform(self.augment, self._preprocess(), self.min_scale, self.shrink)
-        return ImageDataset(self.train_records, transform, seed=self.seed, cache=self.cache_images, with_index=self.with_index)
+        options = {"seed": self.seed, "cache": self.cache_images, "with_index": self.with_index, "views": self.views}
+        return ImageDataset(self.train_records, transform, **options)
 
     @cached_property
     def val_dataset(self) -> ImageDataset:
@@ -184,12 +188,9 @@ class FewShotImages(lightning.LightningDataModule):
 
     def _loading(self) -> dict:
         # A generator of its own: without one a loader draws its workers' base seed from the global stream at every epoch.
-        return {
-            "num_workers": self.num_workers,
-            "persistent_workers": self.num_workers > 0,
-            "pin_memory": torch.cuda.is_available(),
-            "generator": torch.Generator().manual_seed(self.seed),
-        }
+        own = torch.Generator().manual_seed(self.seed)
+        workers = {"num_workers": self.num_workers, "persistent_workers": self.num_workers > 0}
+        return {**workers, "pin_memory": torch.cuda.is_available(), "generator": own}
 
     def _place(self) -> tuple[int, int]:
         """(rank, world size) of this process."""

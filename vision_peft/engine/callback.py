@@ -50,11 +50,12 @@ class AdapterCallback(pl.Callback):
     def setup(self, trainer: pl.Trainer, task: Any, stage: str) -> None:
         task.prepare(trainer)
         network = task.backbone.network
+        if task.frozen_fingerprint is None:
+            task.frozen_fingerprint = fingerprint(network, task.backbone.resized)
         if self.method is None or installed(network):
             return
         sites = resolve(self.targets, task.backbone.sites(), self.method)
         evidence = self._evidence(trainer, task, sites) if self.method.evidence and stage == "fit" else None
-        task.frozen_fingerprint = fingerprint(network, task.backbone.resized)
         self.adapters = attach(network, self.method, self.targets, sites=task.backbone.sites(), seed=self.seed, evidence=evidence)
         task.add_part("adapters", self.adapters)
         task.backbone.adapted = frozenset(site.target for site in self.adapters.sites)

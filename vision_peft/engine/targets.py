@@ -34,7 +34,8 @@ def resolve(targets: str | Sequence[str], sites: Sequence[Site], method: Method)
 
     Args:
         targets: presets (`qv`, `qkv`, `attn`, `mlp`, `attn+mlp`, `conv`, `all`; `vision:qv` and `text:qv` keep to one tower) or globs
-            over canonical layer names, with braces and ranges: `vision.{6..11}.attn.{q,v}`, `text.*.mlp.*`. `*` also matches dots.
+            over canonical names of layers or tensors, with braces and ranges: `vision.{6..11}.attn.{q,v}`, `text.*.mlp.*`,
+            `vision.pos_embed`. `*` also matches dots.
 
     Raises:
         UserError: for a pattern that matches nothing (names the nearest layers), or matches no tensor of the method's roles.
@@ -61,7 +62,7 @@ def _matches(pattern: str, site: Site) -> bool:
         return site.target.split(".")[0] == tower and PRESETS[preset](site)
     if pattern in PRESETS:
         return PRESETS[pattern](site)
-    return any(fnmatch.fnmatchcase(site.target, glob) for glob in expand(pattern))
+    return any(fnmatch.fnmatchcase(name, glob) for glob in expand(pattern) for name in (site.target, site.name))
 
 
 def expand(pattern: str) -> list[str]:

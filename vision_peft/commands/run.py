@@ -1,0 +1,140 @@
+"""fit, validate, test, predict: LightningCLI over task, data, trainer and adapter, checked before any weight or image is read."""
+
+from __future__ import annotations
+
+import argparse
+import pkgutil
+import sys
+import warnings
+from importlib import import_module
+from pathlib import Path
+from typing import Any
+
+import lightning.pytorch as pl
+import torch
+from lightning.pytorch.callbacks import LearningRateMonitor, ModelCheckpoint
+from lightning.pytorch.cli import LightningArgumentParser, LightningCLI, SaveConfigCallback
+from lightning.pytorch.loggers import CSVLogger, TensorBoardLogger
+
+from vision_peft.commands.config_errors import one_line
+from vision_peft.engine.callback import AdapterCallback
+from vision_peft.engine.checkpoint import AtomicCheckpointIO
+from vision_peft.errors import UserError
+from vision_peft.tasks.base import Task
+
+
+class RunCLI(LightningCLI):
+    """LightningCLI with an `adapter` group and a `run` folder."""
+
+    adapter: AdapterCallback
+
+    def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
+        parser.add_lightning_class_args(AdapterCallback, "adapter")
+        parser.add_argument("--run", type=str, default="checkpoints/run", help="folder of the run; a number is added if it is taken")
+
+    def before_instantiate_classes(self) -> None:
+        settings = self.config[self.subcommand]
+        if self.subcommand == "fit":
+            settings.run = str(_run_folder(Path(settings.run), settings.get("ckpt_path")))
+
+    def instantiate_classes(self) -> None:
+        super().instantiate_classes()
+        self.adapter = self._get(self.config_init, "adapter")
+        self.adapter.check(self.model.backbone)
+
+    def instantiate_trainer(self, **kwargs: Any) -> pl.Trainer:
+        folder = self._get(self.config, "run")
+        trainer = self._get(self.config_init, "trainer")
+        kwargs["default_root_dir"] = folder
+        if trainer.get("logger") in (None, True):
+            kwargs["logger"] = [CSVLogger(folder, name="", version=""), TensorBoardLogger(folder, name="", version="tensorboard")]
+        kwargs["plugins"] = [*_as_list(trainer.get("plugins")), AtomicCheckpointIO()]
+        return super().instantiate_trainer(**kwargs)
+
+
+class SaveRunConfig(SaveConfigCallback):
+    """The resolved config as config.yaml in the run's folder, so that the folder alone can resume, test and export."""
+
+    def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
+        if stage == "fit" and trainer.is_global_zero and not trainer.fast_dev_run:
+            folder = Path(trainer.default_root_dir)
+            folder.mkdir(parents=True, exist_ok=True)
+            self.parser.save(self.config, folder / "config.yaml", skip_none=False, overwrite=True, multifile=False)
+
+
+def main(command: str, argv: list[str]) -> None:
+    """Run one of Lightning's four subcommands on a configuration."""
+    cli = make_cli(command, _expand_resume(argv), run=True)
+    if command == "fit" and not cli.trainer.fast_dev_run and cli.trainer.is_global_zero:
+        print(f"run folder: {cli.trainer.default_root_dir}")
+
+
+def make_cli(command: str, argv: list[str], run: bool) -> RunCLI:
+    """The parsed and instantiated configuration; with `run` the subcommand is executed as well."""
+    _import_catalogue()
+    _quieten()
+    arguments = [command, *argv]
+    try:
+        return RunCLI(
+            Task,
+            pl.LightningDataModule,
+            subclass_mode_model=True,
+            subclass_mode_data=True,
+            save_config_callback=SaveRunConfig,
+            seed_everything_default=1,
+            trainer_defaults={"callbacks": [_checkpointing(), LearningRateMonitor("step")], "log_every_n_steps": 10},
+            parser_kwargs={"exit_on_error": False},
+            auto_configure_optimizers=False,
+            args=arguments,
+        )
+    except argparse.ArgumentError as error:
+        raise UserError(one_line(str(error), argv)) from error
+
+
+def _checkpointing() -> ModelCheckpoint:
+    """One file that always holds the latest state; the last iterate is what the protocols test."""
+    return ModelCheckpoint(filename="last", every_n_train_steps=50, save_top_k=1, enable_version_counter=False, save_on_train_epoch_end=None)
+
+
+def _expand_resume(argv: list[str]) -> list[str]:
+    """`--resume RUN` stands for the run's own config and its last checkpoint."""
+    if "--resume" not in argv:
+        return argv
+    place = argv.index("--resume")
+    if place + 1 == len(argv):
+        raise UserError("--resume: give the run's folder")
+    folder = Path(argv[place + 1])
+    config, checkpoint = folder / "config.yaml", folder / "checkpoints" / "last.ckpt"
+    for path in (config, checkpoint):
+        if not path.is_file():
+            raise UserError(f"--resume: {path} does not exist")
+    return ["--config", str(config), *argv[:place], *argv[place + 2 :], "--ckpt_path", str(checkpoint)]
+
+
+def _run_folder(wanted: Path, checkpoint: str | None) -> Path:
+    """`wanted`, or wanted-2, wanted-3, ... where a run is there already; a run that resumes keeps its folder."""
+    resuming = checkpoint is not None and wanted.resolve() in Path(checkpoint).resolve().parents
+    if resuming or not (wanted / "config.yaml").exists():
+        return wanted
+    number = 2
+    while (wanted.parent / f"{wanted.name}-{number}" / "config.yaml").exists():
+        number += 1
+    return wanted.parent / f"{wanted.name}-{number}"
+
+
+def _import_catalogue() -> None:
+    """Import what a YAML may name by its class alone: methods, tasks, heads, data."""
+    for package in ("adapters", "tasks", "data"):
+        module = import_module(f"vision_peft.{package}")
+        for entry in pkgutil.iter_modules(module.__path__):
+            import_module(f"{module.__name__}.{entry.name}")
+
+
+def _quieten() -> None:
+    """Drop library notices that say nothing about the user's run."""
+    for text in (".*does not have many workers.*", ".*not match the hash.*", ".*exists and is not empty.*", ".*`isinstance.*"):
+        warnings.filterwarnings("ignore", text)
+
+
+def _as_list(value: Any) -> list[Any]:
+    return [] if value is None else list(value) if isinstance(value, (list, tuple)) else [value]

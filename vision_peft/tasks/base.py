@@ -1,0 +1,150 @@
+"""What every task shares: the backbone, the parts that are trained, the optimizer over them, checkpoints that hold just those parts."""
+
+from __future__ import annotations
+
+from abc import abstractmethod
+from typing import Any, Literal
+
+import lightning.pytorch as pl
+import torch
+from lightning.pytorch.cli import OptimizerCallable
+from torch import Tensor, nn
+from torch.optim.lr_scheduler import CosineAnnealingLR, LinearLR, LRScheduler, SequentialLR
+
+from vision_peft.backbones.base import Backbone
+from vision_peft.errors import UserError
+
+
+class Task(pl.LightningModule):
+    """A LightningModule around a frozen backbone.
+
+    Trained are the declared parts and nothing else: the task's own (a head), and those that a callback adds. A part may
+    bring `param_groups(lr)` and `penalty()`.
+
+    Args:
+        backbone: its weights are read by prepare(), not at construction.
+        optimizer: called with the parameter groups.
+        schedule: of the learning rate, stepped with every optimizer step over the whole run.
+        min_lr: where `cosine` ends.
+        warmup_steps: linear rise from a hundredth of the rate.
+        head_lr: rate of the task's own parts; null for the optimizer's.
+    """
+
+    def __init__(
+        self,
+        backbone: Backbone,
+        optimizer: OptimizerCallable = lambda params: torch.optim.AdamW(params, lr=1e-3),
+        schedule: Literal["cosine", "constant"] = "cosine",
+        min_lr: float = 1e-6,
+        warmup_steps: int = 0,
+        head_lr: float | None = None,
+    ) -> None:
+        super().__init__()
+        self.backbone = backbone
+        self.optimizer, self.schedule, self.min_lr = optimizer, schedule, min_lr
+        self.warmup_steps, self.head_lr = warmup_steps, head_lr
+        self.parts: dict[str, nn.Module] = {}
+        self.frozen_fingerprint: str | None = None
+        self._prepared = False
+        self._random_state: dict[str, Any] | None = None
+
+    # ---- life of a run ----
+
+    def prepare(self, trainer: pl.Trainer) -> None:
+        """Load the backbone and build the parts, once, before anything is put on the backbone."""
+        if not self._prepared:
+            self.backbone.load()
+            self.build(trainer.datamodule)
+            self._prepared = True
+
+    def setup(self, stage: str) -> None:
+        self.prepare(self.trainer)
+
+    @abstractmethod
+    def build(self, data: pl.LightningDataModule) -> None:
+        """Make the task's own parts (add_part) from what the data say; the backbone is loaded."""
+
+    @abstractmethod
+    def loss(self, batch: Any) -> Tensor:
+        """Scalar loss of a training batch, without the parts' penalties."""
+
+    def facts(self) -> dict[str, Any]:
+        """JSON-ready facts that an exported adapter should carry, e.g. class names."""
+        return {}
+
+    def add_part(self, name: str, part: nn.Module) -> None:
+        """Declare a trained module: optimized, saved in checkpoints under its name, demanded on resume."""
+        self.parts[name] = part
+        self.add_module(name, part)
+
+    # ---- optimization ----
+
+    def training_step(self, batch: Any, batch_idx: int) -> Tensor:
+        loss = self.loss(batch)
+        self.log("train/loss", loss, prog_bar=True)
+        penalties = [part.penalty() for part in self.parts.values() if hasattr(part, "penalty")]
+        total = sum(penalty for penalty in penalties if isinstance(penalty, Tensor))
+        if isinstance(total, Tensor):
+            self.log("train/penalty", total)
+            loss = loss + total
+        return loss
+
+    def configure_optimizers(self) -> dict[str, Any]:
+        lr = self.optimizer([nn.Parameter(torch.zeros(1))]).defaults["lr"]
+        groups: list[dict[str, Any]] = []
+        for name, part in self.parts.items():
+            if hasattr(part, "param_groups"):
+                groups += part.param_groups(lr)
+            else:
+                own = [parameter for parameter in part.parameters() if parameter.requires_grad]
+                groups.append({"params": own, "lr": lr if self.head_lr is None else self.head_lr, "name": name})
+        groups = [group for group in groups if group["params"]]
+        if not groups:
+            raise UserError("nothing to train: no adapter method is set and the head has no parameters; run validate or test instead")
+        optimizer = self.optimizer(groups)
+        scheduler = self._scheduler(optimizer)
+        return {"optimizer": optimizer, **({"lr_scheduler": {"scheduler": scheduler, "interval": "step"}} if scheduler else {})}
+
+    def _scheduler(self, optimizer: torch.optim.Optimizer) -> LRScheduler | None:
+        total = int(self.trainer.estimated_stepping_batches)
+        warmup = min(self.warmup_steps, max(total - 1, 0))
+        rise = LinearLR(optimizer, start_factor=0.01, total_iters=warmup) if warmup else None
+        if self.schedule == "constant":
+            return rise
+        fall = CosineAnnealingLR(optimizer, T_max=max(total - warmup, 1), eta_min=self.min_lr)
+        return SequentialLR(optimizer, [rise, fall], milestones=[warmup]) if rise else fall
+
+    # ---- checkpoints ----
+
+    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Keep the trained parts, what the frozen rest must be, and the random state that dropout continues from."""
+        checkpoint["state_dict"] = {key: value for key, value in checkpoint["state_dict"].items() if self._is_trained(key)}
+        checkpoint["backbone_fingerprint"] = self.frozen_fingerprint
+        checkpoint["random_state"] = {"cpu": torch.get_rng_state()}
+        if self.device.type == "cuda":
+            checkpoint["random_state"]["cuda"] = torch.cuda.get_rng_state(self.device)
+
+    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Demand exactly the trained keys, then hand Lightning's strict loading the frozen rest as it stands."""
+        stored = checkpoint["state_dict"]
+        if checkpoint.get("backbone_fingerprint") != self.frozen_fingerprint:
+            raise UserError("checkpoint: it belongs to another backbone (fingerprints differ): check the model's name, depth and weights")
+        own = self.state_dict()
+        trained = {key for key in own if self._is_trained(key)}
+        for key in sorted(trained ^ stored.keys()):
+            raise UserError(f"checkpoint: trained key {key!r} is {'missing' if key in trained else 'not expected'}")
+        for key in trained:
+            if own[key].shape != stored[key].shape:
+                raise UserError(f"checkpoint: {key!r} has shape {tuple(stored[key].shape)}, expected {tuple(own[key].shape)}")
+        checkpoint["state_dict"] = {**own, **stored}
+        self._random_state = checkpoint.get("random_state")
+
+    def on_train_batch_start(self, batch: Any, batch_idx: int) -> None:
+        if self._random_state is not None:  # the first step after a resume draws what it would have drawn
+            torch.set_rng_state(self._random_state["cpu"].cpu())
+            if "cuda" in self._random_state:
+                torch.cuda.set_rng_state(self._random_state["cuda"].cpu(), self.device)
+            self._random_state = None
+
+    def _is_trained(self, key: str) -> bool:
+        return key.partition(".")[0] in self.parts

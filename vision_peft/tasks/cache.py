@@ -1,0 +1,93 @@
+"""Hidden states of the unchanging first part of a backbone, computed once and handed out instead of pictures."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import tempfile
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+from torch.utils.data import DataLoader, Dataset
+from tqdm.auto import tqdm
+
+from vision_peft.backbones.base import Backbone
+from vision_peft.user_cache import cache_folder
+
+
+class HiddenStates(Dataset):
+    """A dataset of (hidden state that enters block `block`, label) in place of (image, label), under the same keys.
+
+    Exact for data whose pictures do not change from epoch to epoch, or cycle through a fixed number of views.
+
+    Args:
+        data: an ImageDataset with `views` not None.
+        backbone: loaded; every layer before `block` stays as it is while this is used.
+        block: 0 < block <= backbone.num_blocks.
+        disk: keep the states in the user's cache as well, under a key made of everything they depend on.
+        identity: the backbone's fingerprint, part of that key.
+        precision: a context in which training runs the network (autocast), so that the states are those training would see.
+    """
+
+    def __init__(self, data: Any, backbone: Backbone, block: int, device: torch.device, precision: Any, disk: bool, identity: str) -> None:
+        self.data, self.views = data, data.views
+        path = _path(data, backbone, block, identity, precision) if disk else None
+        if path is not None and path.is_file():
+            self.states = load_file(path)["states"]
+            return
+        self.states = self._compute(backbone, block, device, precision)
+        if path is not None:
+            _write(path, self.states)
+
+    def __len__(self) -> int:
+        return len(self.data)
+
+    def __getitem__(self, key: Any) -> tuple[Tensor, int]:
+        index, epoch = key if isinstance(key, tuple) else (key, 0)
+        return self.states[epoch % self.views, index], self.data.records[index].label
+
+    def _compute(self, backbone: Backbone, block: int, device: torch.device, precision: Any) -> Tensor:
+        """(views, N, ...) on the CPU, in the type the network gives."""
+        training = backbone.training
+        backbone.eval()
+        views = []
+        with torch.inference_mode(False), torch.no_grad(), precision:
+            for view in range(self.views):
+                keys = [(index, view) for index in range(len(self.data))]
+                loader = DataLoader(_Keyed(self.data, keys), batch_size=64)
+                states = [backbone.prefix(batch.to(device), block).cpu() for batch in tqdm(loader, "frozen part", disable=len(keys) < 500)]
+                views.append(torch.cat(states))
+        backbone.train(training)
+        return torch.stack(views)
+
+
+class _Keyed(Dataset):
+    """The pictures of a dataset under a list of (index, epoch) keys."""
+
+    def __init__(self, data: Any, keys: list[tuple[int, int]]) -> None:
+        self.data, self.keys = data, keys
+
+    def __len__(self) -> int:
+        return len(self.keys)
+
+    def __getitem__(self, place: int) -> Tensor:
+        return self.data.at(*self.keys[place])
+
+
+def _path(data: Any, backbone: Backbone, block: int, identity: str, precision: Any) -> Path:
+    facts = repr([data.identity(), identity, block, sorted(backbone.describe().items(), key=str), type(precision).__name__, str(vars(precision))])
+    return cache_folder() / "hidden_states" / f"{hashlib.sha256(facts.encode()).hexdigest()[:32]}.safetensors"
+
+
+def _write(path: Path, states: Tensor) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    handle, staging = tempfile.mkstemp(prefix=f".{path.name}.", dir=path.parent)
+    os.close(handle)
+    try:
+        save_file({"states": states.contiguous()}, staging)
+        os.replace(staging, path)
+    finally:
+        Path(staging).unlink(missing_ok=True)

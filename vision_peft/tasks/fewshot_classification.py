@@ -1,0 +1,181 @@
+"""Few-shot image classification: a backbone, a head, cross-entropy; accuracy, calibration and a confusion matrix at the end."""
+
+from __future__ import annotations
+
+import csv
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+import torch.nn.functional as F
+from lightning.pytorch.cli import OptimizerCallable
+from torch import Tensor, nn
+from torchmetrics import MetricCollection
+from torchmetrics.classification import (
+    MulticlassAccuracy,
+    MulticlassCalibrationError,
+    MulticlassConfusionMatrix,
+    MulticlassF1Score,
+)
+
+from vision_peft.backbones.base import Backbone
+from vision_peft.report.confusion import save_confusion
+from vision_peft.tasks.base import Task
+from vision_peft.tasks.cache import HiddenStates
+from vision_peft.tasks.heads import ClassMeans, Head, LinearHead
+
+
+class FewShotClassification(Task):
+    """Classify images into the data module's classes.
+
+    Logged: train/loss, val/loss, val/accuracy, and on test: test/accuracy (top-1), test/macro_f1, test/calibration_error (expected,
+    15 bins), all in [0, 1]; per-class accuracy and the confusion matrix go into the run's folder.
+
+    Args:
+        backbone: features out of images.
+        head: class scores out of features.
+        label_smoothing: in [0, 1).
+        cache: compute what lies before the first adapted layer once and train on that, for training data that do not change from
+            epoch to epoch or cycle through a fixed number of views: `memory`, `disk` (kept for the next run), `off`.
+        optimizer, schedule, min_lr, warmup_steps, head_lr: see Task.
+    """
+
+    def __init__(
+        self,
+        backbone: Backbone,
+        head: Head | None = None,
+        label_smoothing: float = 0.0,
+        cache: Literal["memory", "disk", "off"] = "memory",
+        optimizer: OptimizerCallable = lambda params: torch.optim.AdamW(params, lr=1e-3),
+        schedule: Literal["cosine", "constant"] = "cosine",
+        min_lr: float = 1e-6,
+        warmup_steps: int = 0,
+        head_lr: float | None = None,
+    ) -> None:
+        super().__init__(backbone, optimizer, schedule, min_lr, warmup_steps, head_lr)
+        self.label_smoothing, self.cache = label_smoothing, cache
+        self.head = head if head is not None else LinearHead()
+        self.class_names: list[str] = []
+        self._cut: int | None = None  # block at which cached hidden states enter, while training
+
+    # ---- set-up ----
+
+    def build(self, data: Any) -> None:
+        data.preprocess = self.backbone.preprocess
+        self.class_names = list(data.class_names)
+        self.head.build(self.backbone, data.prompts(), self._class_means(data) if self.head.needs_means else None)
+        self.add_part("head", self.head)
+        classes = len(self.class_names)
+        self.val_metrics = MetricCollection({"val/accuracy": MulticlassAccuracy(classes, average="micro")})
+        self.test_metrics = MetricCollection(
+            {
+                "test/accuracy": MulticlassAccuracy(classes, average="micro"),
+                "test/macro_f1": MulticlassF1Score(classes, average="macro"),
+                "test/calibration_error": MulticlassCalibrationError(classes, n_bins=15),
+            }
+        )
+        self.confusion = MulticlassConfusionMatrix(classes)
+
+    def facts(self) -> dict[str, Any]:
+        return {"class_names": self.class_names}
+
+    def on_fit_start(self) -> None:
+        data = self.trainer.datamodule
+        block = self.backbone.first_block(set(self.backbone.adapted))
+        if self.cache == "off" or block == 0 or data.train_dataset.views is None:
+            return
+        precision, disk = self.trainer.precision_plugin.forward_context, self.cache == "disk"
+        for name in ("train_dataset", "val_dataset") if data.val_records else ("train_dataset",):
+            pictures = getattr(data, name)
+            states = HiddenStates(pictures, self.backbone, block, self.device, precision, disk, f"{self.frozen_fingerprint}")
+            setattr(data, name, states)
+        self._cut = block
+
+    @torch.no_grad()
+    def _class_means(self, data: Any) -> ClassMeans | None:
+        if not data.train_records:
+            return None
+        was_training = self.backbone.training
+        self.backbone.eval()
+        pairs = [data.train_dataset[index][:2] for index in range(len(data.train_dataset))]
+        images, labels = torch.stack([image for image, _ in pairs]), torch.tensor([label for _, label in pairs])
+        features = torch.cat([self.backbone(batch) for batch in images.split(64)])
+        self.backbone.train(was_training)
+        return ClassMeans(features, labels, len(self.class_names))
+
+    # ---- steps ----
+
+    def forward(self, images: Tensor) -> Tensor:
+        """Logits (B, C) of preprocessed images (B, 3, S, S)."""
+        return self.head(self.backbone(images))
+
+    def loss(self, batch: tuple[Tensor, Tensor]) -> Tensor:
+        inputs, labels = batch
+        return F.cross_entropy(self._logits(inputs), labels, label_smoothing=self.label_smoothing)
+
+    def _logits(self, inputs: Tensor) -> Tensor:
+        """Logits of images, or of cached hidden states while they take the images' place."""
+        return self(inputs) if self._cut is None else self.head(self.backbone.suffix(inputs, self._cut))
+
+    def validation_step(self, batch: tuple[Tensor, Tensor], batch_idx: int) -> None:
+        inputs, labels = batch
+        logits = self._logits(inputs).float()
+        self.log("val/loss", F.cross_entropy(logits, labels), batch_size=len(labels), sync_dist=True)
+        self.val_metrics.update(logits, labels)
+
+    def on_validation_epoch_end(self) -> None:
+        self.log_dict(self.val_metrics.compute(), prog_bar=True)
+        self.val_metrics.reset()
+
+    def on_fit_end(self) -> None:
+        self._cut = None
+
+    def test_step(self, batch: tuple[Tensor, Tensor], batch_idx: int) -> None:
+        images, labels = batch
+        logits = self(images).float()
+        self.test_metrics.update(logits, labels)
+        self.confusion.update(logits, labels)
+
+    def on_test_epoch_end(self) -> None:
+        self.log_dict(self.test_metrics.compute())
+        matrix = self.confusion.compute().cpu()
+        self.test_metrics.reset()
+        self.confusion.reset()
+        if self.trainer.is_global_zero and not self.trainer.fast_dev_run:
+            folder = self._folder()
+            save_confusion(matrix, self.class_names, folder / "confusion.png")
+            _write_class_accuracies(matrix, self.class_names, folder / "class_accuracy.csv")
+
+    # ---- prediction ----
+
+    def on_predict_start(self) -> None:
+        self._predictions: list[tuple[str, str, float]] = []
+
+    def predict_step(self, batch: tuple[Tensor, list[str]], batch_idx: int) -> Tensor:
+        images, paths = batch
+        probabilities = self(images).float().softmax(1)
+        best, index = probabilities.max(1)
+        self._predictions += [(path, self.class_names[i], p) for path, i, p in zip(paths, index.tolist(), best.tolist())]
+        return probabilities
+
+    def on_predict_end(self) -> None:
+        path = self._folder() / "predictions.csv"
+        with path.open("w", newline="") as file:
+            writer = csv.writer(file)
+            writer.writerow(["path", "class", "probability"])
+            writer.writerows((each, name, f"{p:.6f}") for each, name, p in self._predictions)
+        print(f"predictions: {path} ({len(self._predictions)} images)")
+
+    def _folder(self) -> Path:
+        folder = Path(self.trainer.log_dir or self.trainer.default_root_dir)
+        folder.mkdir(parents=True, exist_ok=True)
+        return folder
+
+
+def _write_class_accuracies(matrix: Tensor, names: list[str], path: Path) -> None:
+    totals = matrix.sum(1)
+    with path.open("w", newline="") as file:
+        writer = csv.writer(file)
+        writer.writerow(["class", "accuracy", "images"])
+        for name, right, total in zip(names, matrix.diagonal().tolist(), totals.tolist()):
+            writer.writerow([name, f"{right / total:.4f}" if total else "", total])
