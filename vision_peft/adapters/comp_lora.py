@@ -64,7 +64,7 @@ class CompLoRA(Method):
         rank: r.
         alpha, scaling, dropout: as LoRA; the defaults are the CLIP few-shot protocol's.
         protect_energy: protect the fewest directions that hold this share of the squared singular values, in (0, 1].
-        protect_rank: protect exactly this many instead; 0 is plain LoRA.
+        protect_rank: protect this many instead, as far as r dimensions remain; 0 is plain LoRA.
         sides: which projectors act.
     """
 
@@ -87,6 +87,8 @@ class CompLoRA(Method):
             raise UserError(f"adapter.method.protect_energy: {protect_energy} is not in (0, 1]")
         if protect_rank is not None and protect_rank < 0:
             raise UserError(f"adapter.method.protect_rank: {protect_rank} is negative")
+        if sides not in ("both", "in", "out"):
+            raise UserError(f"adapter.method.sides: {sides!r} is not one of both, in, out")
         self.rank, self.alpha, self.scaling, self.dropout = rank, alpha, scaling, require_dropout(dropout)
         self.protect_energy, self.protect_rank, self.sides = protect_energy, protect_rank, sides
         self.scale = scale_of(alpha, rank, scaling)

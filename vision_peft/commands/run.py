@@ -3,15 +3,14 @@
 from __future__ import annotations
 
 import argparse
+import logging
 import pkgutil
-import sys
 import warnings
 from importlib import import_module
 from pathlib import Path
 from typing import Any
 
 import lightning.pytorch as pl
-import torch
 from lightning.pytorch.callbacks import LearningRateMonitor, ModelCheckpoint
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI, SaveConfigCallback
 from lightning.pytorch.loggers import CSVLogger, TensorBoardLogger
@@ -82,7 +81,11 @@ def make_cli(command: str, argv: list[str], run: bool) -> RunCLI:
             subclass_mode_data=True,
             save_config_callback=SaveRunConfig,
             seed_everything_default=1,
-            trainer_defaults={"callbacks": [_checkpointing(), LearningRateMonitor("step")], "log_every_n_steps": 10},
+            trainer_defaults={
+                "callbacks": [_checkpointing(), LearningRateMonitor("step")],
+                "log_every_n_steps": 10,
+                "enable_model_summary": False,  # the table of sites says more
+            },
             parser_kwargs={"exit_on_error": False},
             auto_configure_optimizers=False,
             args=arguments,
@@ -132,8 +135,15 @@ def _import_catalogue() -> None:
 
 def _quieten() -> None:
     """Drop library notices that say nothing about the user's run."""
-    for text in (".*does not have many workers.*", ".*not match the hash.*", ".*exists and is not empty.*", ".*`isinstance.*"):
+    for text in (
+        ".*args parameter is intended to run from within Python.*",
+        ".*does not have many workers.*",
+        ".*smaller than the logging interval.*",
+        ".*exists and is not empty.*",
+        ".*not supported by the model summary.*",
+    ):
         warnings.filterwarnings("ignore", text)
+    logging.getLogger("lightning.pytorch.utilities.rank_zero").addFilter(lambda record: "litlogger" not in record.getMessage())
 
 
 def _as_list(value: Any) -> list[Any]:

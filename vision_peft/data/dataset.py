@@ -66,7 +66,8 @@ class ImageDataset(Dataset):
 
     def identity(self) -> str:
         """Changes with anything the pictures depend on: files and their times, transform, seed, views."""
-        files = [(str(record.path), record.path.stat().st_mtime_ns) if record.path.is_file() else str(record.path) for record in self.records]
+        paths = [record.path for record in self.records]
+        files = [(str(path), path.stat().st_mtime_ns) if path.is_file() else str(path) for path in paths]
         return repr((files, type(self.transform).__name__, sorted(map(repr, vars(self.transform).items())), self.seed, self._views))
 
     def __len__(self) -> int:

@@ -39,8 +39,7 @@ class FewShotImages(lightning.LightningDataModule):
         num_workers: processes that decode and augment; 0 does it in the training process, which is enough with cached pictures.
         augment: "clip_lora" random crop and flip; "flip" evaluation crop and flip; "none" evaluation transform, so features can be kept.
         min_scale: smallest area of a random crop, as a share of the picture.
-        views: number of augmented versions of a picture, one an epoch in turn, so that features of a frozen backbone can be computed
-            once; null for a new one every epoch.
+        views: augmented versions of a picture, one an epoch in turn, so that features can be kept; null: a new one every epoch.
         shrink: before random crops, pictures are shrunk to a short side of at most shrink times the input size; null crops the
             original, as the CLIP-LoRA paper does, at several times the memory.
         bad_images: on pictures that do not decode, found before training: "error" or "skip" (warns; leaves fewer than `shots`).
@@ -90,7 +89,6 @@ class FewShotImages(lightning.LightningDataModule):
         self.augment, self.min_scale, self.views, self.shrink = augment, min_scale, views, shrink
         self.bad_images, self.cache_images, self.full_val, self.template = bad_images, cache_images, full_val, template
         self.predict_folder = existing(predict_folder, "data.predict_folder") if predict_folder is not None else None
-
         self.preprocess: Preprocess | None = None
         self.with_index = False
         self.train_records: list[Record] = []
@@ -183,8 +181,7 @@ class FewShotImages(lightning.LightningDataModule):
             raise RuntimeError(f"no pictures: call setup({stage!r}) first, or the set has no such split")
 
     def _eval_loader(self, dataset: ImageDataset) -> DataLoader:
-        sampler = OrderedSampler(dataset, *self._place())
-        return DataLoader(dataset, batch_size=self.eval_batch_size, sampler=sampler, **self._loading())
+        return DataLoader(dataset, batch_size=self.eval_batch_size, sampler=OrderedSampler(dataset, *self._place()), **self._loading())
 
     def _loading(self) -> dict:
         # A generator of its own: without one a loader draws its workers' base seed from the global stream at every epoch.

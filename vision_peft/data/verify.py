@@ -13,8 +13,7 @@ from vision_peft.data.images import BadImage, load_rgb
 from vision_peft.data.parallel import map_threads
 from vision_peft.data.records import Record
 from vision_peft.errors import UserError
-
-VARIABLE = "VISION_PEFT_CACHE"
+from vision_peft.user_cache import cache_folder
 
 
 def verify(records: Sequence[Record], bad_images: Literal["error", "skip"] = "error") -> list[Record]:
@@ -70,7 +69,7 @@ class _Memory:
     """
 
     def __init__(self) -> None:
-        self.file = Path(os.environ.get(VARIABLE, "~/.cache/vision_peft")).expanduser() / "verified.txt"
+        self.file = cache_folder() / "verified.txt"
         self.known = set(self.file.read_text(encoding="ascii", errors="replace").split()) if self.file.is_file() else set()
 
     def add(self, keys: Sequence[str]) -> None:

@@ -59,7 +59,7 @@ class AdapterCallback(pl.Callback):
         self.adapters = attach(network, self.method, self.targets, sites=task.backbone.sites(), seed=self.seed, evidence=evidence)
         task.add_part("adapters", self.adapters)
         task.backbone.adapted = frozenset(site.target for site in self.adapters.sites)
-        rank_zero_info(f"{self.method!r}\n{table(self.adapters.sites, self.method)}")
+        rank_zero_info(f"{self.method!r}\n{table(self.adapters.sites, self.method, collapse=True)}")
 
     def on_train_start(self, trainer: pl.Trainer, task: Any) -> None:
         self._steps_seen = trainer.global_step

@@ -12,24 +12,31 @@ from torch import Tensor
 from vision_peft.engine.adapter import Factored
 
 
-def factored_linear(x: Tensor, W: Tensor, b: Tensor | None, form: Factored, training: bool) -> Tensor:
+Blocks = Sequence[tuple[tuple[int, int], Factored]]  # (first row, last row + 1) of disjoint row blocks, and their forms
+
+
+def factored_linear(x: Tensor, W: Tensor, b: Tensor | None, blocks: Blocks, training: bool) -> Tensor:
     """The adapted linear map of x (..., in), W (out, in).
 
     Merged path: W + B A is built in float32 and rounded once to the compute type. Side path, y = W x + B (A x): for dropout,
     and where W itself is stored in half precision, since rounding W + B A onto its grid would lose small updates.
     """
-    if W.dtype == torch.float32 and not (training and form.dropout > 0):
-        compute = _compute_dtype(x)
-        return _Merged.apply(x.to(compute), W, b, form.B, form.A, form.scale)
-    return _side(x, W, b, form, training)
+    form = stack_rows(blocks, W.shape[0])
+    if W.dtype == torch.float32 and not (training and any(block.dropout > 0 for _, block in blocks)):
+        return _Merged.apply(x.to(_compute_dtype(x)), W, b, form.B, form.A, form.scale)[0]
+    # every block drops by itself: the masks of q, k and v are independent
+    low = [F.linear(F.dropout(x, block.dropout, training), block.A.to(x.dtype)) for _, block in sorted(blocks, key=_first_row)]
+    return _side(x, W, b, form, torch.cat(low, dim=-1))
 
 
-def stack_rows(blocks: Sequence[tuple[tuple[int, int], Factored]], rows: int) -> Factored:
-    """Factored forms of disjoint row blocks (first, last + 1) of one weight with `rows` rows, as one form.
+def stack_rows(blocks: Blocks, rows: int) -> Factored:
+    """Factored forms of row blocks of one weight with `rows` rows, as one form without dropout.
 
     B becomes block diagonal and the A are stacked: q, k and v of a fused projection then share every pass over x.
     """
-    ordered = sorted(blocks, key=lambda block: block[0])
+    if len(blocks) == 1 and blocks[0][0] == (0, rows):
+        return blocks[0][1]._replace(dropout=0.0)
+    ordered = sorted(blocks, key=_first_row)
     first = ordered[0][1]
     ranks = [form.A.shape[0] for _, form in ordered]
     B = first.B.new_zeros(rows, sum(ranks))
@@ -40,7 +47,11 @@ def stack_rows(blocks: Sequence[tuple[tuple[int, int], Factored]], rows: int) ->
         if form.scale is not None:
             scale[start:stop] = form.scale
         column += rank
-    return Factored(B, torch.cat([form.A for _, form in ordered]), scale, first.dropout)
+    return Factored(B, torch.cat([form.A for _, form in ordered]), scale)
+
+
+def _first_row(block: tuple[tuple[int, int], Factored]) -> int:
+    return block[0][0]
 
 
 def _compute_dtype(x: Tensor) -> torch.dtype:
@@ -48,13 +59,13 @@ def _compute_dtype(x: Tensor) -> torch.dtype:
     return torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else x.dtype
 
 
-def _side(x: Tensor, W: Tensor, b: Tensor | None, form: Factored, training: bool) -> Tensor:
-    dropped = F.dropout(x, form.dropout, training)
-    low = F.linear(dropped, form.A.to(x.dtype))  # (..., r)
+def _side(x: Tensor, W: Tensor, b: Tensor | None, form: Factored, low: Tensor) -> Tensor:
+    """`low` (..., r) is A x, whichever entries of x were dropped."""
     if form.scale is None:
         return F.linear(x, W, b) + F.linear(low, form.B.to(x.dtype))
-    y = (F.linear(x, W) + F.linear(low, form.B.to(x.dtype))) * form.scale.to(x.dtype)
-    return y if b is None else y + b.to(y.dtype)
+    z = F.linear(x, W) + F.linear(low, form.B.to(x.dtype))
+    y = z * form.scale  # in float32: a scale near 1 rounded to half precision is 1
+    return (y if b is None else y + b).to(z.dtype)
 
 
 def _merge(W: Tensor, B: Tensor, A: Tensor, scale: Tensor | None, dtype: torch.dtype) -> Tensor:
@@ -66,22 +77,35 @@ def _merge(W: Tensor, B: Tensor, A: Tensor, scale: Tensor | None, dtype: torch.d
 
 
 class _Merged(torch.autograd.Function):
-    """Saves x and the factors; the merged weight is rebuilt in the backward pass, which costs 2 r per weight and saves a copy of W."""
+    """Saves x and the factors; the merged weight is rebuilt in the backward pass, which costs 2 r per weight and saves a copy of W.
+
+    Where scale is trained, z = x (W + B A)^T is kept for its gradient. The output itself is never kept: an activation in place may
+    overwrite it, and z cannot be read off it where scale is small.
+    """
 
     @staticmethod
-    def forward(x: Tensor, W: Tensor, b: Tensor | None, B: Tensor, A: Tensor, scale: Tensor | None) -> Tensor:
+    def forward(
+        x: Tensor, W: Tensor, b: Tensor | None, B: Tensor, A: Tensor, scale: Tensor | None
+    ) -> tuple[Tensor, Tensor | None]:
         with torch.autocast(x.device.type, enabled=False):
-            return F.linear(x, _merge(W, B, A, scale, x.dtype), None if b is None else b.to(x.dtype))
+            if scale is None or not scale.requires_grad:
+                return F.linear(x, _merge(W, B, A, scale, x.dtype), None if b is None else b.to(x.dtype)), None
+            z = F.linear(x, _merge(W, B, A, None, x.dtype))
+            y = z * scale
+            return (y if b is None else y.add_(b)).to(x.dtype), z
 
     @staticmethod
-    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor | None]) -> None:
         x, W, b, B, A, scale = inputs
-        # the output is needed for the gradient of scale alone: x (W + B A)^T = (y - b) / scale
-        ctx.save_for_backward(x, W, b, B, A, scale, output if scale is not None and scale.requires_grad else None)
+        if output[1] is not None:
+            ctx.mark_non_differentiable(output[1])
+        ctx.set_materialize_grads(False)
+        ctx.bias_dtype = None if b is None else b.dtype
+        ctx.save_for_backward(x, W, B, A, scale, output[1])
 
     @staticmethod
-    def backward(ctx: Any, gy: Tensor) -> tuple[Tensor | None, ...]:
-        x, W, b, B, A, scale, y = ctx.saved_tensors
+    def backward(ctx: Any, gy: Tensor, _: None) -> tuple[Tensor | None, ...]:
+        x, W, B, A, scale, z = ctx.saved_tensors
         needs_x, _, needs_b, needs_B, needs_A, needs_scale = ctx.needs_input_grad
         dtype = x.dtype
         g = gy.reshape(-1, gy.shape[-1])  # (N, out)
@@ -99,23 +123,7 @@ class _Merged(torch.autograd.Function):
                 scaled = B if scale is None else B * scale[:, None]
                 gA = ((scaled.to(dtype).mT @ g.mT) @ rows).to(A.dtype)  # (r, N)(N, in)
             if needs_scale:
-                gscale = _scale_gradient(g, rows, W, B, A, scale, y.reshape(g.shape), b)
+                gscale = torch.einsum("no,no->o", g.float(), z.reshape(g.shape).float()).to(scale.dtype)
             if needs_b:
-                gb = g.sum(0).to(b.dtype)
+                gb = g.sum(0).to(ctx.bias_dtype)
         return gx, None, gb, gB, gA, gscale
-
-
-def _scale_gradient(
-    g: Tensor, rows: Tensor, W: Tensor, B: Tensor, A: Tensor, scale: Tensor, y: Tensor, b: Tensor | None
-) -> Tensor:
-    """sum over N of g * (rows (W + B A)^T), read off the output; rows of scale so small that dividing by it is unsafe are recomputed."""
-    total = torch.einsum("no,no->o", g.float(), y.float())
-    if b is not None:
-        total = total - g.float().sum(0) * b.float()
-    safe = scale.abs() > 1e-3
-    gradient = total / torch.where(safe, scale, torch.ones_like(scale))
-    if not bool(safe.all()):
-        few = (~safe).nonzero().squeeze(1)
-        merged = torch.addmm(W[few], B[few].to(W.dtype), A.to(W.dtype)).to(rows.dtype)
-        gradient[few] = (g[:, few] * F.linear(rows, merged)).sum(0).float()
-    return gradient.to(scale.dtype)

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from vision_peft.engine.adapter import Adapter, Clock, Evidence, Method, trainable
-from vision_peft.engine.readers import Reader, State, applies_dropout, make_reader
+from vision_peft.engine.readers import Reader, State, applies_dropout, fuses_children, make_reader
 from vision_peft.engine.site import Site, enumerate_sites
 from vision_peft.engine.targets import fused_qkv, resolve
 from vision_peft.errors import UserError
@@ -31,6 +31,8 @@ class AdapterSet(nn.Module):
         super().__init__()
         self.method = method
         self.sites = list(sites)
+        if len({_key(site) for site in self.sites}) < len(self.sites):
+            raise UserError("two of the sites have the same name: names must be unique in a network")
         self.shared = method.shared(self.sites)
         self.adapters = nn.ModuleDict({_key(site): method.adapter(site, self.shared) for site in self.sites})
         for name, parameter in self.named_parameters():
@@ -79,6 +81,9 @@ class Installation:
         self.saved: dict[str, Tensor] = {}
 
     def reader(self, site: Site) -> Reader:
+        for path in _above(site.reader):
+            if path not in self.readers and fuses_children(self.network.get_submodule(path)):
+                self.readers[path] = make_reader(self.network.get_submodule(path), self.state, ("forward",))
         if site.reader not in self.readers:
             self.readers[site.reader] = make_reader(self.network.get_submodule(site.reader), self.state, site.calls)
         return self.readers[site.reader]
@@ -95,7 +100,9 @@ class Installation:
             for view in reader.views.values():
                 view.discard(name)
             reader.views = {parameter: view for parameter, view in reader.views.items() if view.entries}
-        for path in [path for path, reader in self.readers.items() if not reader.views]:
+        used = [path for path, reader in self.readers.items() if reader.views]
+        needed = {above for path in used for above in (path, *_above(path))}
+        for path in self.readers.keys() - needed:
             self.readers.pop(path).remove()
 
 
@@ -127,10 +134,10 @@ def attach(
     if missing:
         raise UserError(f"method {method.name} needs evidence ({', '.join(sorted(missing))}): collect it first, engine.evidence.collect")
     chosen = resolve(targets, sites if sites is not None else enumerate_sites(network, fused=fused_qkv), method)
-    network.requires_grad_(False)
     adapters = AdapterSet(method, chosen)
     adapters.to(next(network.parameters()).device)
     adapters.initialize(network, seed, evidence)
+    network.requires_grad_(False)
     return _install(installation, name, adapters)
 
 
@@ -193,13 +200,18 @@ def merge(network: nn.Module) -> None:
     for name in state.mix:
         if installation.sets[name].method.merge == "impossible":
             raise UserError(f"method {installation.sets[name].method.name} cannot be merged")
-    with torch.no_grad():
-        for path, reader in installation.readers.items():
-            for parameter, view in reader.views.items():
-                full = f"{path}.{parameter}" if path else parameter
-                tensor = network.get_parameter(full)
-                installation.saved[full] = tensor.detach().clone()
-                tensor.copy_(view.effective(tensor))
+    try:
+        with torch.no_grad():
+            for path, reader in installation.readers.items():
+                for parameter, view in reader.views.items():
+                    full = f"{path}.{parameter}" if path else parameter
+                    tensor = network.get_parameter(full)
+                    effective = view.effective(tensor)
+                    installation.saved[full] = tensor.detach().clone()
+                    tensor.copy_(effective)
+    except BaseException:
+        unmerge(network)  # never leave a network half merged
+        raise
     state.merged = True
 
 
@@ -234,6 +246,12 @@ def _find(network: nn.Module, missing_ok: bool = False) -> Installation | None:
 def _known(installation: Installation, name: str) -> None:
     if name not in installation.sets:
         raise UserError(f"no adapter set named {name!r}; attached: {', '.join(installation.sets)}")
+
+
+def _above(path: str) -> list[str]:
+    """Paths of the modules that hold the module at `path`, the network itself ("") included."""
+    parts = path.split(".") if path else []
+    return [".".join(parts[:depth]) for depth in range(len(parts))]
 
 
 def _key(site: Site) -> str:

@@ -13,9 +13,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from vision_peft.engine.adapter import Adapter, Factored
-from vision_peft.engine.factored import factored_linear, stack_rows
+from vision_peft.engine.adapter import Adapter
+from vision_peft.engine.factored import Blocks, factored_linear
 from vision_peft.engine.site import Site
+from vision_peft.errors import UserError
 
 
 class State:
@@ -80,8 +81,8 @@ class View:
                 pieces.append(parameter[row:])
         return pieces[0] if len(pieces) == 1 else torch.cat(pieces)
 
-    def factored(self, parameter: Tensor) -> Factored | None:
-        """All adapters of the parameter as one factored form, or None where one of them has none or several sets are mixed."""
+    def factored(self, parameter: Tensor) -> Blocks | None:
+        """Row blocks of the parameter in factored form, or None where an adapter has no such form or several sets are mixed."""
         blocks = []
         with torch.autocast(parameter.device.type, enabled=False):
             for site, pairs in self.active():
@@ -90,10 +91,8 @@ class View:
                 form = pairs[0][1].factored(site.matrix(parameter).float())
                 if form is None:
                     return None
-                if site.rows is None:
-                    return form
-                blocks.append((site.rows, form))
-            return stack_rows(blocks, parameter.shape[0]) if blocks else None
+                blocks.append((site.rows or (0, parameter.shape[0]), form))
+        return blocks or None
 
 
 def _mixed(W: Tensor, pairs: list[tuple[float, Adapter]]) -> Tensor:
@@ -159,9 +158,9 @@ class Reader:
             b = self.views[bias].effective(b)
         if weight not in self.views:
             return F.linear(x, W, b)
-        form = self.views[weight].factored(W)
-        if form is not None:
-            return factored_linear(x, W, b, form, self.module.training)
+        blocks = self.views[weight].factored(W)
+        if blocks is not None:
+            return factored_linear(x, W, b, blocks, self.module.training)
         return F.linear(x, self.views[weight].effective(W), b)
 
 
@@ -178,15 +177,15 @@ class _Call:
 class LinearReader(Reader):
     """nn.Linear, whole or in row slices: one matrix product."""
 
-    def adapted(self, call: str, x: Tensor) -> Tensor:
-        return self.linear(x, "weight", "bias")
+    def adapted(self, call: str, input: Tensor) -> Tensor:
+        return self.linear(input, "weight", "bias")
 
 
 class AttentionReader(Reader):
     """nn.MultiheadAttention re-expressed over its own tensors, so that q, k, v and out take the cheap path.
 
     Self-attention without returned weights (what CLIP's towers ask for) is computed here; anything else runs the module's
-    own code with shadowed parameters, which is the same function at the price of dense weight gradients.
+    own code with shadowed parameters, which is the same function at the price of dense weight gradients and without dropout.
     """
 
     def adapted(
@@ -201,7 +200,8 @@ class AttentionReader(Reader):
         average_attn_weights: bool = True,
         is_causal: bool = False,
     ) -> tuple[Tensor, Tensor | None]:
-        if not self._reexpressible(query, key, value, key_padding_mask, need_weights):
+        plain = self._self_attention(query, key, value, key_padding_mask) and not need_weights
+        if not plain or (is_causal and attn_mask is None):
             options = {"key_padding_mask": key_padding_mask, "need_weights": need_weights, "attn_mask": attn_mask}
             options |= {"average_attn_weights": average_attn_weights, "is_causal": is_causal}
             return super().adapted(call, query, key, value, **options)
@@ -210,17 +210,28 @@ class AttentionReader(Reader):
         out = self.linear(self._attend(x, attn_mask), "out_proj.weight", "out_proj.bias")
         return (out if module.batch_first else out.transpose(0, 1)), None
 
-    def observe(self, x: Tensor, *args: Any, attn_mask: Tensor | None = None, **kwargs: Any) -> None:
+    def observe(
+        self,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        key_padding_mask: Tensor | None = None,
+        need_weights: bool = True,
+        attn_mask: Tensor | None = None,
+        **kwargs: Any,
+    ) -> None:
+        if not self._self_attention(query, key, value, key_padding_mask):
+            raise UserError("evidence: covariances of an attention are taken of batched self-attention without padding masks only")
         for name in self.views:
             if name == "in_proj_weight":
-                self.report(name, x)
+                self.report(name, query)
             elif name == "out_proj.weight":
-                self.report(name, self._attend(x if self.module.batch_first else x.transpose(0, 1), attn_mask))
+                self.report(name, self._attend(query if self.module.batch_first else query.transpose(0, 1), attn_mask))
 
-    def _reexpressible(self, query: Tensor, key: Tensor, value: Tensor, padding: Tensor | None, need_weights: bool) -> bool:
+    def _self_attention(self, query: Tensor, key: Tensor, value: Tensor, padding: Tensor | None) -> bool:
         module: nn.MultiheadAttention = self.module
         plain = module._qkv_same_embed_dim and module.bias_k is None and module.bias_v is None and not module.add_zero_attn
-        return plain and query is key and key is value and padding is None and not need_weights and query.dim() == 3
+        return plain and query is key and key is value and padding is None and query.dim() == 3
 
     def _attend(self, x: Tensor, attn_mask: Tensor | None) -> Tensor:
         """Attention of x (batch, length, width) before the output projection."""
@@ -238,14 +249,38 @@ class AttentionReader(Reader):
         return attended.transpose(1, 2).reshape(batch, length, width)
 
 
+class FusedReader(Reader):
+    """nn.TransformerEncoder and its layer: in eval mode their fused kernel reads the parameters past the modules that own them.
+
+    It is kept from doing so while adapters act; the layer then calls its attention and its linear maps.
+    """
+
+    def adapted(self, call: str, *args: Any, **kwargs: Any) -> Any:
+        enabled = torch.backends.mha.get_fastpath_enabled()
+        torch.backends.mha.set_fastpath_enabled(False)
+        try:
+            return super().adapted(call, *args, **kwargs)
+        finally:
+            torch.backends.mha.set_fastpath_enabled(enabled)
+
+
+_FUSED = (nn.TransformerEncoder.forward, nn.TransformerEncoderLayer.forward)
+
+
 def make_reader(module: nn.Module, state: State, calls: tuple[str, ...]) -> Reader:
     """The cheapest reader that is exact for this module; decided by the code its class runs, never by names."""
     own = type(module).forward
-    if own is nn.Linear.forward and calls == ("forward",) and "forward" not in module.__dict__:
-        return LinearReader(module, state, calls)
-    if own is nn.MultiheadAttention.forward and calls == ("forward",):
-        return AttentionReader(module, state, calls)
-    return Reader(module, state, calls)
+    if calls == ("forward",) and "forward" not in module.__dict__:
+        if own is nn.Linear.forward:
+            return LinearReader(module, state, calls)
+        if own is nn.MultiheadAttention.forward:
+            return AttentionReader(module, state, calls)
+    return FusedReader(module, state, calls) if own in _FUSED else Reader(module, state, calls)
+
+
+def fuses_children(module: nn.Module) -> bool:
+    """Whether a call of the module may read its children's parameters without calling the children."""
+    return type(module).forward in _FUSED
 
 
 def applies_dropout(reader: Reader) -> bool:

@@ -71,12 +71,16 @@ def expand(pattern: str) -> list[str]:
     if not match:
         return [pattern]
     span = re.fullmatch(r"(\d+)\.\.(\d+)", match[1])
+    if span and int(span[1]) > int(span[2]):
+        raise UserError(f"adapter.targets: {pattern!r} holds an empty range, {{{match[1]}}}")
     options: Iterable[str] = map(str, range(int(span[1]), int(span[2]) + 1)) if span else match[1].split(",")
     return [whole for option in options for whole in expand(pattern[: match.start()] + option + pattern[match.end() :])]
 
 
 def _no_match(pattern: str, sites: Sequence[Site]) -> str:
     names = list(dict.fromkeys(site.target for site in sites))
+    if not names:
+        return f"adapter.targets: {pattern!r} matches no layer: the network has no parameters"
     plain = expand(pattern)[0].replace("*", names[0].split(".")[1] if "." in names[0] else "0")
     return f"adapter.targets: {pattern!r} matches no layer{nearest(plain, [*PRESETS, *names])}"
 
@@ -89,20 +93,45 @@ def fused_qkv(path: str, module: nn.Linear) -> list[str] | None:
     return [f"{parent}.{part}" if parent else part for part in "qkv"]
 
 
-def table(sites: Sequence[Site], method: Method) -> str:
-    """Site, shape, trainable numbers, size in the adapter file, memory while training (value, gradient, two AdamW moments)."""
-    rows = [("site", "kind", "shape", "trainable", "saved KiB", "memory KiB")]
-    total = 0
+def table(sites: Sequence[Site], method: Method, collapse: bool = False) -> str:
+    """Site, kind, shape, trainable numbers, size in the adapter file, memory while training (value, gradient, two AdamW moments).
+
+    With `collapse`, sites that differ in numbers of their name only (blocks) share a row: `vision.{0..8}.attn.q`, 9 sites.
+    """
+    groups: dict[tuple[str, str, tuple[int, ...]], list[Site]] = {}
     for site in sites:
-        count = method.count(site)
+        pattern = re.sub(r"(?<=\.)\d+(?=\.)", "#", site.name) if collapse else site.name
+        groups.setdefault((pattern, site.kind, site.shape), []).append(site)
+    rows = [("site", "kind", "shape", "sites", "trainable", "saved KiB", "memory KiB")]
+    total = 0
+    for (pattern, kind, shape), members in groups.items():
+        count = sum(method.count(site) for site in members)
         total += count
-        shape = " x ".join(map(str, site.shape))
-        rows.append((site.name, site.kind, shape, f"{count:,}", f"{count * 4 / 1024:.1f}", f"{count * 16 / 1024:.1f}"))
-    rows.append((f"{len(sites)} sites", "", "", f"{total:,}", f"{total * 4 / 1024:.1f}", f"{total * 16 / 1024:.1f}"))
-    widths = [max(len(row[column]) for row in rows) for column in range(6)]
+        rows.append((_span(pattern, members), kind, " x ".join(map(str, shape)), str(len(members)), *_sizes(count)))
+    rows.append(("total", "", "", str(len(sites)), *_sizes(total)))
+    widths = [max(len(row[column]) for row in rows) for column in range(len(rows[0]))]
     lines = ["  ".join(_align(cell, width, column) for column, (cell, width) in enumerate(zip(row, widths))).rstrip() for row in rows]
     rule = "-" * max(map(len, lines))
     return "\n".join([lines[0], rule, *lines[1:-1], rule, lines[-1]])
+
+
+def _sizes(count: int) -> tuple[str, str, str]:
+    return f"{count:,}", f"{count * 4 / 1024:.1f}", f"{count * 16 / 1024:.1f}"
+
+
+def _span(pattern: str, members: Sequence[Site]) -> str:
+    """The pattern with the numbers its members have: `{first..last}` where they are consecutive, `*` otherwise."""
+    if "#" not in pattern:
+        return pattern
+    found = [[int(part) for part in re.findall(r"(?<=\.)\d+(?=\.)", site.name)] for site in members]
+    for values in zip(*found):
+        distinct = sorted(set(values))
+        if len(distinct) == 1:
+            text = str(distinct[0])
+        else:
+            text = f"{{{distinct[0]}..{distinct[-1]}}}" if distinct == list(range(distinct[0], distinct[-1] + 1)) else "*"
+        pattern = pattern.replace("#", text, 1)
+    return pattern
 
 
 def _align(cell: str, width: int, column: int) -> str:

@@ -79,7 +79,7 @@ class _Keyed(Dataset):
 
 def _path(data: Any, backbone: Backbone, block: int, identity: str, precision: Any) -> Path:
     facts = repr([data.identity(), identity, block, sorted(backbone.describe().items(), key=str), type(precision).__name__, str(vars(precision))])
-    return cache_folder() / "hidden_states" / f"{hashlib.sha256(facts.encode()).hexdigest()[:32]}.safetensors"
+    return cache_folder("hidden_states") / f"{hashlib.sha256(facts.encode()).hexdigest()[:32]}.safetensors"
 
 
 def _write(path: Path, states: Tensor) -> None:
