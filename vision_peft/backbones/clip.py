@@ -14,7 +14,6 @@ from typing import Any, ClassVar, Literal
 import open_clip
 import torch
 from open_clip import CLIP, CoCa, CustomTextCLIP
-from open_clip.modified_resnet import ModifiedResNet
 from open_clip.pretrained import download_pretrained_from_hf
 from open_clip.timm_model import TimmModel
 from open_clip.transform import PreprocessCfg, merge_preprocess_dict
@@ -75,12 +74,12 @@ class Clip(Backbone):
         _check_weights(self.name, weights, self._tag)
         trained = self._tag.get("quick_gelu", self._config.get("quick_gelu", False))
         self._config["quick_gelu"] = trained if quick_gelu == "auto" else quick_gelu
-        native_size = self._config["vision_cfg"].get("image_size", 224)
         self._resize_to = image_size
         if image_size is not None:
+            _check_image_size(self.name, self._config["vision_cfg"], image_size, weights)
             self._config["vision_cfg"]["image_size"] = image_size
 
-        self.network, self._sites = _outline(self.name, self._config, image_size, native_size if weights else image_size)
+        self.network, self._sites = _outline(self.name, self._config, image_size)
         self.num_features = self._config["embed_dim"]
         transform = merge_preprocess_dict(merge_preprocess_dict(PreprocessCfg(), transform), self._tag)
         self.preprocess = Preprocess(_side(self.network), tuple(transform["mean"]), tuple(transform["std"]), transform["interpolation"])
@@ -257,12 +256,11 @@ _EXTENDED: dict[type[nn.Module], type[nn.Module]] = {
 # ---- building and loading ----
 
 
-def _outline(name: str, config: dict[str, Any], image_size: int | None, loadable_size: int | None) -> tuple[nn.Module, list[Site]]:
+def _outline(name: str, config: dict[str, Any], image_size: int | None) -> tuple[nn.Module, list[Site]]:
     """The network on the meta device and the sites in it."""
     try:
         with torch.device("meta"):
             network = _build(config)
-            _check_image_size(name, network, image_size, loadable_size)
             _resize(network, image_size)
             return network, _name_sites(network, _side(network))
     except UserError:
@@ -324,12 +322,18 @@ def _check_weights(name: str, weights: str | None, tag: dict[str, Any]) -> None:
     raise UserError(f"backbone.weights: {weights!r} is neither a file nor a pretrained tag of {name}{nearest(weights, tags)}{known}")
 
 
-def _check_image_size(name: str, network: nn.Module, size: int | None, loadable_size: int | None) -> None:
-    visual = network.visual
-    if isinstance(visual, VisionTransformer) and size and any(size % side for side in visual.patch_size):
-        raise UserError(f"backbone.image_size: {size} is not a multiple of the patch size {visual.patch_size[0]} of {name}")
-    if isinstance(visual, ModifiedResNet) and size != loadable_size:
-        raise UserError(f"backbone.image_size: open_clip cannot resize the attention pool of {name}'s weights, which is for {loadable_size}")
+def _check_image_size(name: str, vision: dict[str, Any], size: int, weights: str | None) -> None:
+    if vision.get("timm_model_name"):
+        return
+    native, patch = vision.get("image_size", 224), vision.get("patch_size", 16)
+    if isinstance(vision.get("layers"), list):
+        if weights is not None and size != native:
+            raise UserError(f"backbone.image_size: open_clip cannot resize the attention pool of {name}, trained at {native}; got {size}")
+    elif size < patch or size % patch:
+        below = max(size // patch * patch, patch)
+        raise UserError(
+            f"backbone.image_size: {size} is not a multiple of {name}'s patch size {patch}; nearest are {below}, {below + patch}"
+        )
 
 
 def _resize(network: nn.Module, size: int | None) -> None:

@@ -11,7 +11,6 @@ from torch import Tensor
 
 from vision_peft.engine.adapter import Factored
 
-
 Blocks = Sequence[tuple[tuple[int, int], Factored]]  # (first row, last row + 1) of disjoint row blocks, and their forms
 
 

@@ -12,7 +12,6 @@ import os
 import re
 import shutil
 import tempfile
-import warnings
 from collections import Counter
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -102,7 +101,7 @@ def _unfit(site: Site, reason: str) -> UserError:
 @torch.no_grad()
 def _factors(found: Installation, name: str) -> dict[tuple[str, str], _Factors]:
     """The factors of every adapted parameter, by (reader, parameter); slices of a fused projection as one block-diagonal form."""
-    adapters = found.sets[name]
+    adapters, named = found.sets[name], found.sets[name].named_adapters()
     by_parameter: dict[tuple[str, str], list[Site]] = {}
     for site in adapters.sites:
         by_parameter.setdefault((site.reader, site.parameter), []).append(site)
@@ -112,7 +111,7 @@ def _factors(found: Installation, name: str) -> dict[tuple[str, str], _Factors]:
         blocks = []
         for site in sites:
             with torch.autocast(parameter.device.type, enabled=False):
-                form = adapters.named_adapters()[site.name].compact().factored(site.matrix(parameter).float())
+                form = named[site.name].compact().factored(site.matrix(parameter).float())
             if site.role != "weight" or form is None or form.scale is not None:
                 raise _unfit(site, "its update is not a product of two factors")
             blocks.append((site.rows or (0, parameter.shape[0]), form))
@@ -139,6 +138,7 @@ def _targets(network: nn.Module, factors: dict[tuple[str, str], _Factors]) -> li
                 pair = (factors.get((path, "in_proj_weight")), factors.get((path, "out_proj.weight")))
                 targets[path, ""] = _attention(module, path, *pair)
         elif site.kind == "bare" and "." not in parameter:
+            _check_bare(network, path, parameter, each.site, factors)
             # PEFT 0.21 warns of a rank_pattern for a parameter, so bare parameters share the default rank
             padded = each.padded(bare_rank)
             targets[path, parameter] = _Target(path, bare_rank, {"lora_A.weight": padded.A, "lora_B.weight": padded.B}, parameter)
@@ -149,6 +149,16 @@ def _targets(network: nn.Module, factors: dict[tuple[str, str], _Factors]) -> li
         else:
             raise _unfit(site, f"{type(network.get_submodule(path)).__name__} reads {parameter} itself")
     return list(targets.values())
+
+
+def _check_bare(network: nn.Module, path: str, parameter: str, site: Site, factors: dict[tuple[str, str], _Factors]) -> None:
+    """PEFT finds bare parameters by the end of their names, and loses those below a module that it has wrapped for another."""
+    above = [other for (other, _), each in factors.items() if each.site.kind == "bare" and path.startswith(f"{other}.")]
+    if above:
+        raise _unfit(site, f"PEFT cannot adapt bare parameters of both {above[0]} and {path}")
+    for other, _ in network.named_parameters():
+        if other.endswith(f".{path}.{parameter}") and tuple(other.rsplit(".", 1)) not in factors:
+            raise _unfit(site, f"PEFT would adapt {other} with it")
 
 
 def _attention(module: nn.MultiheadAttention, path: str, inner: _Factors | None, outer: _Factors | None) -> _Target:
@@ -225,19 +235,22 @@ def _check_same_function(module: nn.Module, each: _Factors) -> None:
 
     try:
         expected = own(W + (B @ A).reshape(W.shape))
-        same = torch.allclose(own(W.clone()) + _branch(module, _form(module, B, A), x), expected, rtol=1e-4, atol=1e-4 * float(expected.abs().max()))
+        theirs = own(W.clone()) + _branch(module, _form(module, B, A), x)
+        same = torch.allclose(theirs, expected, rtol=1e-4, atol=1e-4 * float(expected.abs().max()))
     except (RuntimeError, TypeError, ValueError):  # shapes or arguments that PEFT's layer cannot have
         same = False
     if not same:
-        raise _unfit(each.site, f"PEFT's form of this {type(module).__name__} is another function: dilation, padding mode or reparametrised weight")
+        why = "dilation, padding mode or a reparametrised weight, as a rule"
+        raise _unfit(each.site, f"what PEFT makes of this {type(module).__name__} is another function: {why}")
 
 
 def _named_tensors(network: nn.Module, targets: list[_Target]) -> dict[str, Tensor]:
     """The tensors under PEFT's keys: below every module that it wraps, names continue with `base_layer`."""
     bare: dict[str, list[str]] = {}
     for each in targets:
-        if each.parameter:
-            bare.setdefault(each.path, []).append(each.parameter)
+        if each.parameter and each.path not in bare:
+            own = network.get_submodule(each.path)._parameters
+            bare[each.path] = [name for name in own if any((each.path, name) == (other.path, other.parameter) for other in targets)]
     tensors = {}
     for each in targets:
         parts = each.path.split(".")

@@ -29,7 +29,7 @@ class HiddenStates(Dataset):
         block: 0 < block <= backbone.num_blocks.
         disk: keep the states in the user's cache as well, under a key made of everything they depend on.
         identity: the backbone's fingerprint, part of that key.
-        precision: a context in which training runs the network (autocast), so that the states are those training would see.
+        precision: the trainer's precision plugin: the states are those that training would see under its autocast.
     """
 
     def __init__(self, data: Any, backbone: Backbone, block: int, device: torch.device, precision: Any, disk: bool, identity: str) -> None:
@@ -54,7 +54,7 @@ class HiddenStates(Dataset):
         training = backbone.training
         backbone.eval()
         views = []
-        with torch.inference_mode(False), torch.no_grad(), precision:
+        with torch.inference_mode(False), torch.no_grad(), precision.forward_context():
             for view in range(self.views):
                 keys = [(index, view) for index in range(len(self.data))]
                 loader = DataLoader(_Keyed(self.data, keys), batch_size=64)
@@ -78,8 +78,8 @@ class _Keyed(Dataset):
 
 
 def _path(data: Any, backbone: Backbone, block: int, identity: str, precision: Any) -> Path:
-    facts = repr([data.identity(), identity, block, sorted(backbone.describe().items(), key=str), type(precision).__name__, str(vars(precision))])
-    return cache_folder("hidden_states") / f"{hashlib.sha256(facts.encode()).hexdigest()[:32]}.safetensors"
+    facts = [data.identity(), identity, block, backbone.describe(), precision.precision]
+    return cache_folder("hidden_states") / f"{hashlib.sha256(repr(facts).encode()).hexdigest()[:32]}.safetensors"
 
 
 def _write(path: Path, states: Tensor) -> None:

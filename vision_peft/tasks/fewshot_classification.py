@@ -56,6 +56,7 @@ class FewShotClassification(Task):
         self.label_smoothing, self.cache = label_smoothing, cache
         self.head = head if head is not None else LinearHead()
         self.class_names: list[str] = []
+        self._pictures: dict[str, Any] = {}  # datasets whose place cached hidden states have taken
         self._cut: int | None = None  # block at which cached hidden states enter, while training
 
     # ---- set-up ----
@@ -84,11 +85,10 @@ class FewShotClassification(Task):
         block = self.backbone.first_block(set(self.backbone.adapted))
         if self.cache == "off" or block == 0 or data.train_dataset.views is None:
             return
-        precision, disk = self.trainer.precision_plugin.forward_context, self.cache == "disk"
+        precision, disk = self.trainer.precision_plugin, self.cache == "disk"
         for name in ("train_dataset", "val_dataset") if data.val_records else ("train_dataset",):
-            pictures = getattr(data, name)
-            states = HiddenStates(pictures, self.backbone, block, self.device, precision, disk, f"{self.frozen_fingerprint}")
-            setattr(data, name, states)
+            pictures = self._pictures[name] = getattr(data, name)
+            setattr(data, name, HiddenStates(pictures, self.backbone, block, self.device, precision, disk, f"{self.frozen_fingerprint}"))
         self._cut = block
 
     @torch.no_grad()
@@ -128,6 +128,9 @@ class FewShotClassification(Task):
         self.val_metrics.reset()
 
     def on_fit_end(self) -> None:
+        for name, pictures in self._pictures.items():  # what follows, such as a test, sees pictures again
+            setattr(self.trainer.datamodule, name, pictures)
+        self._pictures.clear()
         self._cut = None
 
     def test_step(self, batch: tuple[Tensor, Tensor], batch_idx: int) -> None:

@@ -1,0 +1,213 @@
+"""The few-shot table of docs/results_fewshot.md: sets x backbones x shots x seeds x methods, one row a run, resumable.
+
+    VISION_PEFT_DATA=... python scripts/table_fewshot.py --select     # learning rates, by the val split, on one set and seed
+    VISION_PEFT_DATA=... python scripts/table_fewshot.py              # every run at the chosen rates
+    python scripts/table_fewshot.py --write                           # docs/results_fewshot.md from the rows
+
+Rows are appended to docs/results_fewshot.csv as runs end; a run whose row is there is skipped. Learning rates are chosen on
+the val split of dtd10 at 16 shots, seed 1, for each backbone and method, and kept for everything else; the test split is never
+looked at for a choice. The layers below the first adapted one are cached, over a fixed number of augmented views.
+"""
+
+from __future__ import annotations
+
+import argparse
+import csv
+import itertools
+import logging
+import math
+import platform
+import statistics
+import time
+import warnings
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import lightning.pytorch as pl
+import torch
+
+from vision_peft.backbones import Vit
+from vision_peft.data.csv_source import CsvSource
+from vision_peft.data.fewshot_images import FewShotImages
+from vision_peft.engine.adapter import find_method
+from vision_peft.engine.callback import AdapterCallback
+from vision_peft.tasks.fewshot_classification import FewShotClassification
+from vision_peft.tasks.heads import LinearHead
+
+ROWS = Path("docs/results_fewshot.csv")
+PAGE = Path("docs/results_fewshot.md")
+SETS = ("dtd10", "caltech101")
+SHOTS = (4, 16)
+SEEDS = (1, 2, 3)
+VIEWS = 4
+TARGETS = {"offline:dinov2_vits14": ["vision.{3..8}.*"], "offline:effnet_lite0": ["vision.blocks.{4..6}.*", "vision.conv_head"]}
+RATES = {
+    "linear_probe": (1e-3, 3e-3, 1e-2),
+    "lora": (1e-3, 3e-3, 1e-2),
+    "dora": (1e-3, 3e-3, 1e-2),
+    "comp_lora": (1e-3, 3e-3, 1e-2),
+    "block_lora": (1e-3, 3e-3, 1e-2),
+    "svfit": (3e-3, 1e-2, 3e-2),
+    "bitfit": (1e-3, 3e-3, 1e-2),
+    "full": (3e-5, 1e-4, 3e-4),
+}
+# one scale, rank and dropout for the whole family, so that the rows differ in the method alone
+OPTIONS = {name: {"rank": 8, "alpha": 8.0, "scaling": "rank", "dropout": 0.0} for name in ("lora", "dora", "comp_lora", "block_lora")}
+FIELDS = ["set", "backbone", "shots", "seed", "method", "lr", "steps", "trainable", "val", "test", "seconds", "purpose"]
+
+
+@dataclass(frozen=True)
+class Run:
+    set: str
+    backbone: str
+    shots: int
+    seed: int
+    method: str
+    lr: float
+    purpose: str  # "select" or "table"
+
+    def key(self) -> tuple[str, ...]:
+        return (self.set, self.backbone, str(self.shots), str(self.seed), self.method, f"{self.lr:g}", self.purpose)
+
+
+def steps_of(run: Run, factor: float) -> int:
+    classes = 10 if run.set == "dtd10" else 100
+    return round(factor * min(150, max(60, classes * run.shots * 3 // 32)))
+
+
+def execute(run: Run, factor: float) -> dict[str, object]:
+    """Train, validate on the whole val split, test; the same objects that the YAML of configs/task/fewshot_vit.yaml names."""
+    pl.seed_everything(run.seed)
+    data = FewShotImages(
+        CsvSource(f"{run.set}/split.csv"), shots=run.shots, seed=run.seed, full_val=True, augment="clip_lora", min_scale=0.35, views=VIEWS
+    )
+    method = None if run.method == "linear_probe" else find_method(run.method)(**OPTIONS.get(run.method, {}))
+    task = FewShotClassification(
+        Vit(run.backbone),
+        LinearHead(init="class_means"),
+        optimizer=lambda params: torch.optim.AdamW(params, lr=run.lr, weight_decay=0.01),
+        head_lr=None if method is None else 1e-3,
+        warmup_steps=10,
+    )
+    adapters = AdapterCallback(method, TARGETS[run.backbone])
+    trainer = pl.Trainer(
+        max_steps=steps_of(run, factor) * (5 if method is None else 1),  # the probe's steps cost next to nothing
+        precision="bf16-mixed",
+        accelerator="cpu",
+        callbacks=[adapters],
+        logger=False,
+        enable_checkpointing=False,
+        enable_progress_bar=False,
+        enable_model_summary=False,
+        limit_val_batches=0,
+    )
+    adapters.export = lambda *args: None  # no adapter folder for a row of a table
+    start = time.perf_counter()
+    trainer.fit(task, datamodule=data)
+    seconds = time.perf_counter() - start
+    trained = sum(p.numel() for part in task.parts.values() for p in part.parameters() if p.requires_grad)
+    val = accuracy(task, data.val_dataset)
+    test = float("nan")
+    if run.purpose == "table":
+        data.setup("test")
+        test = accuracy(task, data.test_dataset)
+    return {"steps": trainer.global_step, "trainable": trained, "val": f"{val:.4f}", "test": f"{test:.4f}", "seconds": f"{seconds:.1f}"}
+
+
+@torch.no_grad()
+def accuracy(task: FewShotClassification, pictures: torch.utils.data.Dataset) -> float:
+    task.eval()
+    right = 0
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        for images, labels in torch.utils.data.DataLoader(pictures, batch_size=64):
+            right += int((task(images).argmax(1) == labels).sum())
+    return right / len(pictures)
+
+
+def rows() -> list[dict[str, str]]:
+    return list(csv.DictReader(ROWS.open())) if ROWS.is_file() else []
+
+
+def chosen_rates() -> dict[tuple[str, str], float]:
+    """(backbone, method) -> the rate with the best val accuracy; the smaller one of equals."""
+    best: dict[tuple[str, str], tuple[float, float]] = {}
+    for row in rows():
+        if row["purpose"] == "select":
+            candidate = (float(row["val"]), -float(row["lr"]))
+            key = (row["backbone"], row["method"])
+            best[key] = max(best.get(key, (-1.0, 0.0)), candidate)
+    return {key: -value[1] for key, value in best.items()}
+
+
+def selection() -> Iterator[Run]:
+    for backbone, (method, rates) in itertools.product(TARGETS, RATES.items()):
+        for lr in rates:
+            yield Run("dtd10", backbone, 16, 1, method, lr, "select")
+
+
+def table_runs() -> Iterator[Run]:
+    rates = chosen_rates()
+    for seed, shots, name, backbone, method in itertools.product(SEEDS, reversed(SHOTS), SETS, TARGETS, RATES):
+        yield Run(name, backbone, shots, seed, method, rates[backbone, method], "table")
+
+
+def run_all(runs: list[Run], factor: float) -> None:
+    done = {tuple(row[field] for field in ("set", "backbone", "shots", "seed", "method", "lr", "purpose")) for row in rows()}
+    waiting = [run for run in runs if run.key() not in done]
+    for number, run in enumerate(waiting, 1):
+        result = execute(run, factor)
+        fresh = not ROWS.is_file()
+        with ROWS.open("a", newline="") as file:
+            writer = csv.DictWriter(file, FIELDS)
+            if fresh:
+                writer.writeheader()
+            writer.writerow(dict(zip(("set", "backbone", "shots", "seed", "method", "lr", "purpose"), run.key())) | result)
+        print(f"{number}/{len(waiting)} {' '.join(run.key())}: val {result['val']} test {result['test']}, {result['seconds']} s", flush=True)
+
+
+def write_page() -> None:
+    """docs/results_fewshot.md: test accuracy (mean and spread over seeds), trainable numbers, seconds."""
+    groups: dict[tuple[str, str, int, str], list[dict[str, str]]] = {}
+    for row in rows():
+        if row["purpose"] == "table":
+            groups.setdefault((row["backbone"], row["set"], int(row["shots"]), row["method"]), []).append(row)
+    text = Path(__file__).with_name("results_fewshot_head.md").read_text().format(
+        machine=f"{platform.machine()}, {torch.get_num_threads()} thread(s), torch {torch.__version__}", date=time.strftime("%Y-%m-%d")
+    )
+    for backbone, name in itertools.product(TARGETS, SETS):
+        text += f"\n## {backbone}, {name}\n\n| method | learning rate | trainable | 4 shots | 16 shots | seconds at 16 shots |\n|---|---|---|---|---|---|\n"
+        for method in RATES:
+            cells = [groups.get((backbone, name, shots, method), []) for shots in SHOTS]
+            if any(cells):
+                some = next(cell for cell in cells if cell)[0]
+                seconds = statistics.mean(float(row["seconds"]) for row in cells[1]) if cells[1] else math.nan
+                text += f"| {method} | {some['lr']} | {int(some['trainable']):,} | {_spread(cells[0])} | {_spread(cells[1])} | {seconds:.0f} |\n"
+    PAGE.write_text(text)
+
+
+def _spread(cell: list[dict[str, str]]) -> str:
+    values = [100 * float(row["test"]) for row in cell]
+    if not values:
+        return "not run"
+    return f"{statistics.mean(values):.1f} ± {statistics.stdev(values) if len(values) > 1 else math.nan:.1f} ({len(values)})"
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--select", action="store_true", help="choose learning rates")
+    parser.add_argument("--write", action="store_true", help="write the page from the rows")
+    parser.add_argument("--factor", type=float, default=1.0, help="multiplies the number of steps")
+    parser.add_argument("--only", nargs="*", default=[], help="keep runs whose key holds all of these words")
+    args = parser.parse_args()
+    warnings.filterwarnings("ignore")
+    logging.getLogger("lightning.pytorch").setLevel(logging.ERROR)
+    if args.write:
+        write_page()
+        return
+    runs = list(selection() if args.select else table_runs())
+    run_all([run for run in runs if all(word in run.key() for word in args.only)], args.factor)
+
+
+if __name__ == "__main__":
+    main()
