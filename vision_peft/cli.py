@@ -35,7 +35,7 @@ commands:
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Run one command; returns the exit code: 0, or 2 for bad input."""
+    """Run one command; returns the exit code: 0, 1 where `check` found a breach, or 2 for bad input."""
     words = sys.argv[1:] if argv is None else argv
     if not words or words[0] in ("-h", "--help"):
         print(HELP.format(commands="\n".join(f"  {name:10s} {text}" for name, (_, text) in COMMANDS.items())), end="")
@@ -47,8 +47,7 @@ def main(argv: list[str] | None = None) -> int:
         return 0
     try:
         command, rest = _split(words)
-        import_module(f"vision_peft.commands.{COMMANDS[command][0]}").main(command, rest)
-        return 0
+        return import_module(f"vision_peft.commands.{COMMANDS[command][0]}").main(command, rest) or 0
     except UserError as error:
         print(f"vision-peft: error: {' '.join(str(error).split())}", file=sys.stderr)
         return 2

@@ -153,6 +153,7 @@ def test_canonical_names_of_a_timm_tower():
 
 def test_the_attention_pool_is_the_reader_of_its_layers():
     sites = {site.path: site for site in Clip("RN50").sites()}
+    assert sites["visual.attnpool.positional_embedding"].role == "other"
     site = sites["visual.attnpool.q_proj.weight"]  # AttentionPool2d never calls its four Linears
     assert (site.reader, site.parameter) == ("visual.attnpool", "q_proj.weight")
 

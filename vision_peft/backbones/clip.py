@@ -65,7 +65,7 @@ class Clip(Backbone):
         if text_chunk is not None and text_chunk < 1:
             raise UserError(f"backbone.text_chunk: {text_chunk} is not a number of prompts, which is at least 1")
         self.name = Path(config).stem if config else name.replace("/", "-") if not name.startswith(HUB) else name
-        self.weights = weights
+        self.weights, self.config = weights, config
         self.text_checkpointing = text_checkpointing
         self.text_chunk = text_chunk or (64 if text_checkpointing else None)
 
@@ -204,6 +204,7 @@ class Clip(Backbone):
             "class": f"{type(self).__module__}.{type(self).__qualname__}",
             "name": self.name,
             "weights": self.weights,
+            "config": self.config,
             "image_size": self.preprocess.size,
             "quick_gelu": self._config["quick_gelu"],
         }
@@ -331,9 +332,7 @@ def _check_image_size(name: str, vision: dict[str, Any], size: int, weights: str
             raise UserError(f"backbone.image_size: open_clip cannot resize the attention pool of {name}, trained at {native}; got {size}")
     elif size < patch or size % patch:
         below = max(size // patch * patch, patch)
-        raise UserError(
-            f"backbone.image_size: {size} is not a multiple of {name}'s patch size {patch}; nearest are {below}, {below + patch}"
-        )
+        raise UserError(f"backbone.image_size: {size} is not a multiple of {name}'s patch size {patch}; try {below} or {below + patch}")
 
 
 def _resize(network: nn.Module, size: int | None) -> None:
@@ -376,10 +375,13 @@ _RULES: list[tuple[str, str]] = [
     (r"(?:text\.)?transformer\.resblocks\.(\d+)\.(.+)", r"text.\1.\2"),
 ]
 
-_OWNED_BY_TOWERS: dict[str, tuple[str, Role]] = {  # by state_dict key: tensors of no layer
+_BARE: dict[str, tuple[str, Role]] = {  # by state_dict key: what a tower or the root owns itself
     "visual.class_embedding": ("vision.class_embedding", "other"),
     "visual.positional_embedding": ("vision.pos_embed", "other"),
     "visual.proj": ("vision.proj", "weight"),
+    "visual.attnpool.positional_embedding": ("vision.attnpool.pos_embed", "other"),
+    "visual.trunk.cls_token": ("vision.class_embedding", "other"),
+    "visual.trunk.pos_embed": ("vision.pos_embed", "other"),
     "positional_embedding": ("text.pos_embed", "other"),
     "text_projection": ("text.projection", "weight"),
     "text.cls_emb": ("text.class_embedding", "other"),
@@ -399,7 +401,7 @@ def _name_sites(network: nn.Module, image_size: int) -> list[Site]:
     calls = {path: module.calls for path, module in network.named_modules() if type(module) in _EXTENDED.values()}
     foreign = _foreign_sites(network.visual, image_size)
     own = enumerate_sites(network, renamer(_RULES), calls=calls)
-    return [named for site in own for named in foreign.get(site.path) or [_owned(site)]]
+    return [_bare(named) for site in own for named in foreign.get(site.path, [site])]
 
 
 def _foreign_sites(visual: nn.Module, image_size: int) -> dict[str, list[Site]]:
@@ -415,9 +417,9 @@ def _foreign_sites(visual: nn.Module, image_size: int) -> dict[str, list[Site]]:
     return sites
 
 
-def _owned(site: Site) -> Site:
-    """The site, with its canonical name if a tower or the root itself owns the tensor."""
-    if site.path not in _OWNED_BY_TOWERS:
+def _bare(site: Site) -> Site:
+    """The site, with the canonical name and role of its tensor if no layer owns that."""
+    if site.path not in _BARE:
         return site
-    name, role = _OWNED_BY_TOWERS[site.path]
+    name, role = _BARE[site.path]
     return replace(site, name=name, target=name, role=role, kind="bare" if role == "weight" else "vector")

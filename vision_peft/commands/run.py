@@ -6,6 +6,8 @@ import argparse
 import logging
 import pkgutil
 import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
 from importlib import import_module
 from pathlib import Path
 from typing import Any
@@ -14,10 +16,13 @@ import lightning.pytorch as pl
 from lightning.pytorch.callbacks import LearningRateMonitor, ModelCheckpoint
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI, SaveConfigCallback
 from lightning.pytorch.loggers import CSVLogger, TensorBoardLogger
+from lightning.pytorch.utilities.exceptions import MisconfigurationException
 
-from vision_peft.commands.config_errors import one_line
+from vision_peft.commands.config_errors import one_line, users_fault
 from vision_peft.engine.callback import AdapterCallback
 from vision_peft.engine.checkpoint import AtomicCheckpointIO
+from vision_peft.engine.install import AdapterSet
+from vision_peft.engine.targets import resolve
 from vision_peft.errors import UserError
 from vision_peft.tasks.base import Task
 
@@ -68,30 +73,69 @@ def main(command: str, argv: list[str]) -> None:
         print(f"run folder: {cli.trainer.default_root_dir}")
 
 
+class PreparedCLI(RunCLI):
+    """Stops when all is built and checked, so that what a configuration gets wrong is told from what goes wrong in a run."""
+
+    def instantiate_trainer(self, **kwargs: Any) -> pl.Trainer:
+        try:
+            return super().instantiate_trainer(**kwargs)
+        except (MisconfigurationException, ValueError) as error:  # Lightning's answers to values that it does not know
+            raise UserError(f"trainer: {error}") from error
+
+    def instantiate_classes(self) -> None:
+        super().instantiate_classes()
+        method = self.adapter.method
+        if method is not None:  # a site may refuse a hyper-parameter, e.g. a rank
+            AdapterSet(method, resolve(self.adapter.targets, self.model.backbone.sites(), method))
+
+    def _run_subcommand(self, subcommand: str) -> None:
+        """Left to make_cli()."""
+
+
 def make_cli(command: str, argv: list[str], run: bool) -> RunCLI:
-    """The parsed and instantiated configuration; with `run` the subcommand is executed as well."""
+    """The parsed, instantiated and checked configuration; with `run` the subcommand is executed as well."""
     _import_catalogue()
     _quieten()
     arguments = [command, *argv]
     try:
-        return RunCLI(
-            Task,
-            pl.LightningDataModule,
-            subclass_mode_model=True,
-            subclass_mode_data=True,
-            save_config_callback=SaveRunConfig,
-            seed_everything_default=1,
-            trainer_defaults={
-                "callbacks": [_checkpointing(), LearningRateMonitor("step")],
-                "log_every_n_steps": 10,
-                "enable_model_summary": False,  # the table of sites says more
-            },
-            parser_kwargs={"exit_on_error": False},
-            auto_configure_optimizers=False,
-            args=arguments,
-        )
-    except argparse.ArgumentError as error:
-        raise UserError(one_line(str(error), argv)) from error
+        with _hushed("lightning.pytorch", "lightning.fabric"):
+            cli = PreparedCLI(
+                Task,
+                pl.LightningDataModule,
+                subclass_mode_model=True,
+                subclass_mode_data=True,
+                save_config_callback=SaveRunConfig,
+                seed_everything_default=1,
+                trainer_defaults={
+                    "callbacks": [_checkpointing(), LearningRateMonitor("step")],
+                    "log_every_n_steps": 10,
+                    "enable_model_summary": False,  # the table of sites says more
+                },
+                parser_kwargs={"exit_on_error": False},
+                auto_configure_optimizers=False,
+                args=arguments,
+            )
+    except (argparse.ArgumentError, ValueError, TypeError) as error:
+        if not users_fault(error):
+            raise
+        raise UserError(one_line(error, argv)) from error
+    if run:
+        RunCLI._run_subcommand(cli, command)
+    return cli
+
+
+@contextmanager
+def _hushed(*names: str) -> Iterator[None]:
+    """Without the notices (seed, devices) that would stand before the one line of an error; warnings still come through."""
+    loggers = [logging.getLogger(name) for name in names]
+    levels = [logger.level for logger in loggers]
+    try:
+        for logger in loggers:
+            logger.setLevel(logging.WARNING)
+        yield
+    finally:
+        for logger, level in zip(loggers, levels):
+            logger.setLevel(level)
 
 
 def _checkpointing() -> ModelCheckpoint:

@@ -165,6 +165,11 @@ class FewShotImages(lightning.LightningDataModule):
         options = {"seed": self.seed, "cache": self.cache_images, "with_index": self.with_index, "views": self.views}
         return ImageDataset(self.train_records, transform, **options)
 
+    def plain_train_dataset(self) -> ImageDataset:
+        """The training pictures under the evaluation transform."""
+        self._require_setup(self.train_records, "fit")
+        return ImageDataset(self.train_records, EvalTransform(self._preprocess()), with_index=False)
+
     @cached_property
     def val_dataset(self) -> ImageDataset:
         self._require_setup(self.val_records, "fit")

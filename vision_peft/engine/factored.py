@@ -17,8 +17,8 @@ Blocks = Sequence[tuple[tuple[int, int], Factored]]  # (first row, last row + 1)
 def factored_linear(x: Tensor, W: Tensor, b: Tensor | None, blocks: Blocks, training: bool) -> Tensor:
     """The adapted linear map of x (..., in), W (out, in).
 
-    Merged path: W + B A is built in float32 and rounded once to the compute type. Side path, y = W x + B (A x): for dropout,
-    and where W itself is stored in half precision, since rounding W + B A onto its grid would lose small updates.
+    Merged path: W + B A is built in float32 and rounded once to the compute type. Side path, y = W x + B (A x), summed before
+    rounding: for dropout, and where W is stored in half precision, since rounding W + B A onto its grid would lose small updates.
     """
     form = stack_rows(blocks, W.shape[0])
     if W.dtype == torch.float32 and not (training and any(block.dropout > 0 for _, block in blocks)):
@@ -60,11 +60,12 @@ def _compute_dtype(x: Tensor) -> torch.dtype:
 
 def _side(x: Tensor, W: Tensor, b: Tensor | None, form: Factored, low: Tensor) -> Tensor:
     """`low` (..., r) is A x, whichever entries of x were dropped."""
+    compute = _compute_dtype(x)
+    z = _Side.apply(x.to(compute), low.to(compute), W, form.B, b if form.scale is None else None)
     if form.scale is None:
-        return F.linear(x, W, b) + F.linear(low, form.B.to(x.dtype))
-    z = F.linear(x, W) + F.linear(low, form.B.to(x.dtype))
+        return z
     y = z * form.scale  # in float32: a scale near 1 rounded to half precision is 1
-    return (y if b is None else y + b).to(z.dtype)
+    return (y if b is None else y + b).to(compute)
 
 
 def _merge(W: Tensor, B: Tensor, A: Tensor, scale: Tensor | None, dtype: torch.dtype) -> Tensor:
@@ -75,11 +76,47 @@ def _merge(W: Tensor, B: Tensor, A: Tensor, scale: Tensor | None, dtype: torch.d
         return merged.to(dtype)
 
 
+class _Side(torch.autograd.Function):
+    """W x + B low + b. In half precision one product of [W, B] and [x, low]: a small branch would not survive being added to a rounded W x."""
+
+    @staticmethod
+    def forward(x: Tensor, low: Tensor, W: Tensor, B: Tensor, b: Tensor | None) -> Tensor:
+        dtype = x.dtype
+        b = None if b is None else b.to(dtype)
+        with torch.autocast(x.device.type, enabled=False):
+            if dtype.itemsize > 2:
+                return F.linear(x, W.to(dtype), b).add_(F.linear(low, B.to(dtype)))
+            return F.linear(torch.cat([x, low], dim=-1), torch.cat([W.to(dtype), B.to(dtype)], dim=1), b)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+        _, low, W, B, b = inputs
+        ctx.bias_dtype = None if b is None else b.dtype
+        ctx.save_for_backward(low, W, B)
+
+    @staticmethod
+    def backward(ctx: Any, gy: Tensor) -> tuple[Tensor | None, ...]:
+        low, W, B = ctx.saved_tensors
+        needs_x, needs_low, _, needs_B, needs_b = ctx.needs_input_grad
+        g = gy.reshape(-1, gy.shape[-1])  # (N, out)
+        gx = glow = gB = gb = None
+        with torch.autocast(gy.device.type, enabled=False):
+            if needs_x:
+                gx = (g @ W.to(g.dtype)).view(*gy.shape[:-1], W.shape[1])
+            if needs_low:
+                glow = (g @ B.to(g.dtype)).view(low.shape)
+            if needs_B:
+                gB = (low.reshape(-1, low.shape[-1]).mT @ g).mT.to(B.dtype)  # (r, N)(N, out)
+            if needs_b:
+                gb = g.sum(0).to(ctx.bias_dtype)
+        return gx, glow, None, gB, gb
+
+
 class _Merged(torch.autograd.Function):
     """Saves x and the factors; the merged weight is rebuilt in the backward pass, which costs 2 r per weight and saves a copy of W.
 
-    Where scale is trained, z = x (W + B A)^T is kept for its gradient. The output itself is never kept: an activation in place may
-    overwrite it, and z cannot be read off it where scale is small.
+    Where scale is trained, the product without bias is kept for its gradient. The output itself is never kept: an activation in place
+    may overwrite it, and a large bias would drown the product in it.
     """
 
     @staticmethod
@@ -89,9 +126,10 @@ class _Merged(torch.autograd.Function):
         with torch.autocast(x.device.type, enabled=False):
             if scale is None or not scale.requires_grad:
                 return F.linear(x, _merge(W, B, A, scale, x.dtype), None if b is None else b.to(x.dtype)), None
-            z = F.linear(x, _merge(W, B, A, None, x.dtype))
-            y = z * scale
-            return (y if b is None else y.add_(b)).to(x.dtype), z
+            divisor = _divisor(scale)
+            z = F.linear(x, _merge(W, B, A, divisor, x.dtype))
+            y = z * (scale / divisor).to(x.dtype)
+            return (y if b is None else y.add_(b)), z
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor | None]) -> None:
@@ -122,7 +160,12 @@ class _Merged(torch.autograd.Function):
                 scaled = B if scale is None else B * scale[:, None]
                 gA = ((scaled.to(dtype).mT @ g.mT) @ rows).to(A.dtype)  # (r, N)(N, in)
             if needs_scale:
-                gscale = torch.einsum("no,no->o", g.float(), z.reshape(g.shape).float()).to(scale.dtype)
+                gscale = torch.einsum("no,no->o", g.float(), z.reshape(g.shape).float()).to(scale.dtype) / _divisor(scale)
             if needs_b:
                 gb = g.sum(0).to(ctx.bias_dtype)
         return gx, None, gb, gB, gA, gscale
+
+
+def _divisor(scale: Tensor) -> Tensor:
+    """The scale itself, merged into the weight before rounding and divided out for its gradient; 1 where it is too small for that."""
+    return torch.where(scale.abs() > 1e-6, scale, torch.ones_like(scale))

@@ -12,6 +12,7 @@ import os
 import re
 import shutil
 import tempfile
+import warnings
 from collections import Counter
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -73,6 +74,7 @@ def save_peft(folder: str | os.PathLike[str], network: nn.Module, *, name: str =
     targets = _targets(network, _factors(found, name))
     tensors = _named_tensors(network, targets)
     config = _config(network, targets, base_model)
+    _warn_dense(network, targets)
     target.parent.mkdir(parents=True, exist_ok=True)
     staging = Path(tempfile.mkdtemp(prefix=f".{target.name}.", dir=target.parent))
     try:
@@ -124,7 +126,7 @@ def _targets(network: nn.Module, factors: dict[tuple[str, str], _Factors]) -> li
     """What PEFT is to wrap, in network order. Raises UserError for the first site that it cannot adapt exactly."""
     uses = Counter(id(child) for module in network.modules() for child in module._modules.values())
     bare_rank = max((each.A.shape[0] for each in factors.values() if each.site.kind == "bare"), default=0)
-    targets: dict[tuple[str, str], _Target] = {}
+    targets: list[_Target] = []
     for (path, parameter), each in factors.items():
         module, site = network.get_submodule(path), each.site
         if not path:
@@ -133,22 +135,23 @@ def _targets(network: nn.Module, factors: dict[tuple[str, str], _Factors]) -> li
             raise _unfit(site, f"it is read in {site.calls[0]}(), and PEFT acts in forward() only")
         if uses[id(module)] > 1:
             raise _unfit(site, "the layer is used in several places, and PEFT would wrap one of them")
-        if isinstance(module, nn.MultiheadAttention) and module._qkv_same_embed_dim and parameter in ("in_proj_weight", "out_proj.weight"):
-            if (path, "") not in targets:
-                pair = (factors.get((path, "in_proj_weight")), factors.get((path, "out_proj.weight")))
-                targets[path, ""] = _attention(module, path, *pair)
+        if isinstance(module, nn.MultiheadAttention) and parameter == "in_proj_weight":
+            targets.append(_attention(module, path, each))
+        elif isinstance(module, nn.MultiheadAttention) and parameter == "out_proj.weight":
+            # 0.21 and earlier compute W + 2 B A (huggingface/peft#3774 mends it): no factors are right before and after
+            raise _unfit(site, "PEFT adds the update of an nn.MultiheadAttention's out_proj twice")
         elif site.kind == "bare" and "." not in parameter:
             _check_bare(network, path, parameter, each.site, factors)
             # PEFT 0.21 warns of a rank_pattern for a parameter, so bare parameters share the default rank
             padded = each.padded(bare_rank)
-            targets[path, parameter] = _Target(path, bare_rank, {"lora_A.weight": padded.A, "lora_B.weight": padded.B}, parameter)
+            targets.append(_Target(path, bare_rank, {"lora_A.weight": padded.A, "lora_B.weight": padded.B}, parameter))
         elif isinstance(module, (nn.Linear, nn.Embedding, *_CONV)) and parameter == "weight":
             _check_same_function(module, each)
             form = _form(module, each.B, each.A)
-            targets[path, ""] = _Target(path, (form.get("lora_embedding_A", form.get("lora_A.weight"))).shape[0], form)
+            targets.append(_Target(path, next(iter(form.values())).shape[0], form))
         else:
-            raise _unfit(site, f"{type(network.get_submodule(path)).__name__} reads {parameter} itself")
-    return list(targets.values())
+            raise _unfit(site, f"{type(module).__name__} reads {parameter} itself")
+    return targets
 
 
 def _check_bare(network: nn.Module, path: str, parameter: str, site: Site, factors: dict[tuple[str, str], _Factors]) -> None:
@@ -161,17 +164,12 @@ def _check_bare(network: nn.Module, path: str, parameter: str, site: Site, facto
             raise _unfit(site, f"PEFT would adapt {other} with it")
 
 
-def _attention(module: nn.MultiheadAttention, path: str, inner: _Factors | None, outer: _Factors | None) -> _Target:
-    """PEFT adapts in_proj and out_proj together and with one rank: the missing one, and missing directions, are zeros."""
-    width = module.embed_dim
-    rank = max(each.A.shape[0] for each in (inner, outer) if each is not None)
-    empty = next(each for each in (inner, outer) if each is not None).A.new_zeros
-    tensors = {}
-    for prefix, rows, each in (("", 3 * width, inner), ("base_layer.out_proj.", width, outer)):
-        padded = each.padded(rank) if each is not None else None
-        tensors[f"{prefix}lora_A.weight"] = padded.A if padded else empty(rank, width)
-        tensors[f"{prefix}lora_B.weight"] = padded.B if padded else empty(rows, rank)
-    return _Target(path, rank, tensors)
+def _attention(module: nn.MultiheadAttention, path: str, each: _Factors) -> _Target:
+    """PEFT adapts in_proj and out_proj together and with one rank: out_proj gets zeros."""
+    tensors = {"lora_A.weight": each.A, "lora_B.weight": each.B}
+    tensors |= {f"base_layer.out_proj.{key}": value.new_zeros(value.shape) for key, value in tensors.items()}
+    tensors["base_layer.out_proj.lora_B.weight"] = each.B.new_zeros(module.embed_dim, each.B.shape[1])
+    return _Target(path, each.A.shape[0], tensors)
 
 
 def _form(module: nn.Module, B: Tensor, A: Tensor) -> dict[str, Tensor]:
@@ -194,6 +192,17 @@ def _form(module: nn.Module, B: Tensor, A: Tensor) -> dict[str, Tensor]:
         down[index * rank : (index + 1) * rank, index * kernel[0] : (index + 1) * kernel[0]] = part.reshape(rank, *kernel)
     up = torch.cat([part for part, _ in parts])
     return {"lora_A.weight": down, "lora_B.weight": up.reshape(*up.shape, *(1 for _ in kernel[1:]))}
+
+
+def _warn_dense(network: nn.Module, targets: list[_Target]) -> None:
+    grouped = [each for each in targets if getattr(network.get_submodule(each.path), "groups", 1) > 1]
+    if grouped:
+        size = sum(4 * tensor.numel() for each in grouped for tensor in each.tensors.values()) / 2**20
+        warnings.warn(
+            f"{len(grouped)} grouped convolutions ({grouped[0].path}, ...) take {size:.1f} MiB in PEFT's layout, where every group reads "
+            "all channels, and PEFT cannot merge them: --to merged is smaller",
+            stacklevel=3,
+        )
 
 
 def _branch(module: nn.Module, form: dict[str, Tensor], x: Tensor) -> Tensor:

@@ -66,10 +66,10 @@ class View:
 
     def effective(self, parameter: Tensor) -> Tensor:
         """The tensor used in place of `parameter`, in its shape and type; computed in float32, rounded once."""
-        pieces, row = [], 0
+        pieces, row, height = [], 0, _height(parameter)
         with torch.autocast(parameter.device.type, enabled=False):
             for site, pairs in self.active():
-                start, stop = site.rows or (0, parameter.shape[0])
+                start, stop = site.rows or (0, height)
                 if start > row:
                     pieces.append(parameter[row:start])
                 value = _mixed(site.matrix(parameter).to(torch.promote_types(parameter.dtype, torch.float32)), pairs)
@@ -77,7 +77,7 @@ class View:
                 row = stop
             if not pieces:
                 return parameter
-            if row < parameter.shape[0]:
+            if row < height:
                 pieces.append(parameter[row:])
         return pieces[0] if len(pieces) == 1 else torch.cat(pieces)
 
@@ -93,6 +93,11 @@ class View:
                     return None
                 blocks.append((site.rows or (0, parameter.shape[0]), form))
         return blocks or None
+
+
+def _height(parameter: Tensor) -> int:
+    """Rows of a parameter's matrix view; a scalar has one."""
+    return parameter.shape[0] if parameter.ndim else 1
 
 
 def _mixed(W: Tensor, pairs: list[tuple[float, Adapter]]) -> Tensor:

@@ -46,8 +46,11 @@ class Site:
 
     @property
     def matrix_shape(self) -> tuple[int, int]:
-        """(out, in) of the 2-D view; a kernel (out, in/groups, kh, kw) is flattened to (out, in/groups*kh*kw), a vector is one column."""
-        out, rest = self.shape[0], self.shape[1:]
+        """(out, in) of the 2-D view.
+
+        A kernel (out, in/groups, kh, kw) is flattened to (out, in/groups*kh*kw), a vector is one column, a scalar 1 x 1.
+        """
+        out, *rest = self.shape or (1,)
         columns = 1
         for size in rest:
             columns *= size
@@ -97,19 +100,20 @@ def enumerate_sites(
                 continue
             seen.add(id(tensor))
             layer = rename(path)
+            blocks = [f"{layer}.{part}" for part in "qkv"]
             if isinstance(module, nn.MultiheadAttention):
                 if parameter.startswith("out_proj."):
                     add(f"{layer}.out", path, parameter, tensor, "bias" if tensor.ndim == 1 else "weight", "linear")
                 elif parameter in ("in_proj_weight", "in_proj_bias"):
-                    blocks = [f"{layer}.{part}" for part in "qkv"]
                     add(layer, path, parameter, tensor, "bias" if tensor.ndim == 1 else "weight", "linear", blocks)
                 elif parameter in ("q_proj_weight", "k_proj_weight", "v_proj_weight"):
                     add(f"{layer}.{parameter[0]}", path, parameter, tensor, "weight", "bare")
                 else:  # bias_k, bias_v
                     add(layer, path, parameter, tensor, "other", "vector")
+            elif parameter in ("in_proj_weight", "in_proj_bias"):  # an attention class of its own around PyTorch's packed projection
+                add(layer, path, parameter, tensor, "bias" if tensor.ndim == 1 else "weight", "bare", blocks)
             elif isinstance(module, nn.Linear) and parameter in ("weight", "bias"):
-                blocks = fused(path, module) or ()
-                add(layer, path, parameter, tensor, "weight" if parameter == "weight" else "bias", "linear", blocks)
+                add(layer, path, parameter, tensor, "weight" if parameter == "weight" else "bias", "linear", fused(path, module) or ())
             elif isinstance(module, (nn.Conv1d, nn.Conv2d, nn.Conv3d)) and parameter in ("weight", "bias"):
                 add(layer, path, parameter, tensor, "weight" if parameter == "weight" else "bias", "conv")
             elif isinstance(module, nn.Embedding):

@@ -9,7 +9,8 @@ from typing import Any, Literal
 import torch
 import torch.nn.functional as F
 from lightning.pytorch.cli import OptimizerCallable
-from torch import Tensor, nn
+from torch import Tensor
+from torch.utils.data import DataLoader
 from torchmetrics import MetricCollection
 from torchmetrics.classification import (
     MulticlassAccuracy,
@@ -22,7 +23,7 @@ from vision_peft.backbones.base import Backbone
 from vision_peft.report.confusion import save_confusion
 from vision_peft.tasks.base import Task
 from vision_peft.tasks.cache import HiddenStates
-from vision_peft.tasks.heads import ClassMeans, Head, LinearHead
+from vision_peft.tasks.heads import FrozenFeatures, Head, LinearHead
 
 
 class FewShotClassification(Task):
@@ -64,7 +65,7 @@ class FewShotClassification(Task):
     def build(self, data: Any) -> None:
         data.preprocess = self.backbone.preprocess
         self.class_names = list(data.class_names)
-        self.head.build(self.backbone, data.prompts(), self._class_means(data) if self.head.needs_means else None)
+        self.head.build(self.backbone, data.prompts(), self._frozen_features(data) if self.head.needs_features else None)
         self.add_part("head", self.head)
         classes = len(self.class_names)
         self.val_metrics = MetricCollection({"val/accuracy": MulticlassAccuracy(classes, average="micro")})
@@ -92,16 +93,16 @@ class FewShotClassification(Task):
         self._cut = block
 
     @torch.no_grad()
-    def _class_means(self, data: Any) -> ClassMeans | None:
+    def _frozen_features(self, data: Any) -> FrozenFeatures | None:
+        """Of the training pictures as evaluation sees them, before anything is put on the backbone."""
         if not data.train_records:
             return None
-        was_training = self.backbone.training
+        training = self.backbone.training
         self.backbone.eval()
-        pairs = [data.train_dataset[index][:2] for index in range(len(data.train_dataset))]
-        images, labels = torch.stack([image for image, _ in pairs]), torch.tensor([label for _, label in pairs])
-        features = torch.cat([self.backbone(batch) for batch in images.split(64)])
-        self.backbone.train(was_training)
-        return ClassMeans(features, labels, len(self.class_names))
+        pictures = data.plain_train_dataset()
+        features = torch.cat([self.backbone(images) for images, _ in DataLoader(pictures, batch_size=64)])
+        self.backbone.train(training)
+        return FrozenFeatures(features, torch.tensor([record.label for record in pictures.records]), len(self.class_names))
 
     # ---- steps ----
 

@@ -17,59 +17,79 @@ from vision_peft.errors import UserError
 class Head(nn.Module, ABC):
     """Maps features (B, D) to logits (B, C). build() is called once, with the backbone loaded and the data set up."""
 
-    needs_means = False  # whether build() wants the class means of the training features
+    needs_features = False  # whether build() wants the frozen features of the training pictures
 
     @abstractmethod
-    def build(self, backbone: Backbone, prompts: Sequence[str], means: ClassMeans | None) -> None:
+    def build(self, backbone: Backbone, prompts: Sequence[str], frozen: FrozenFeatures | None) -> None:
         """Create the parameters.
 
         Args:
             prompts: one sentence a class; their number is the number of classes.
-            means: of the training features, where needs_means asks for them; None when there is no training data (test).
+            frozen: of the training pictures, where needs_features asks for them; None when nothing is trained (test).
         """
 
     @abstractmethod
     def forward(self, features: Tensor) -> Tensor: ...
 
 
-class ClassMeans:
-    """First and second moments of the training features, by class.
-
-    Attributes:
-        means: (C, D).
-        variance: mean squared deviation of one feature value from its class mean, averaged over values.
-    """
+class FrozenFeatures:
+    """The training features of the frozen backbone, (N, D) float32, and their labels (N,): what a head may start from."""
 
     def __init__(self, features: Tensor, labels: Tensor, classes: int) -> None:
-        counts = torch.bincount(labels, minlength=classes).clamp(min=1)
-        self.means = torch.zeros(classes, features.shape[1]).index_add_(0, labels, features) / counts[:, None]
-        self.variance = float((features - self.means[labels]).square().mean())
+        self.features, self.labels, self.classes = features.float().cpu(), labels.cpu(), classes
+
+    def means(self) -> Tensor:
+        """Class means (C, D)."""
+        counts = torch.bincount(self.labels, minlength=self.classes).clamp(min=1)
+        return torch.zeros(self.classes, self.features.shape[1]).index_add_(0, self.labels, self.features) / counts[:, None]
+
+    def nearest_mean(self) -> tuple[Tensor, Tensor]:
+        """W (C, D), b (C,) of the classifier of Gaussian classes with one common variance, with logits of moderate size."""
+        means = self.means()
+        variance = (self.features - means[self.labels]).square().mean().clamp(min=1e-8)
+        centre = means.mean(0)
+        # the D values of a feature are correlated: taken as independent they would give logits in the hundreds
+        weight = (means - centre) / (variance * self.features.shape[1] ** 0.5)
+        return weight, -(weight * (means + centre)).sum(1) / 2
+
+    def logistic_regression(self, strength: float = 1.0) -> tuple[Tensor, Tensor]:
+        """W (C, D), b (C,) of multinomial logistic regression on standardised features, l2-regularised by 1 / strength."""
+        from sklearn.linear_model import LogisticRegression
+
+        mean, scale = self.features.mean(0), self.features.std(0).clamp(min=1e-6)
+        solver = LogisticRegression(C=strength / self.features.shape[1] ** 0.5, max_iter=500)
+        solver.fit(((self.features - mean) / scale).numpy(), self.labels.numpy())
+        weight, bias = torch.zeros(self.classes, self.features.shape[1]), torch.full((self.classes,), -1e2)
+        seen = torch.from_numpy(solver.classes_)
+        coefficients, intercept = torch.from_numpy(solver.coef_).float(), torch.from_numpy(solver.intercept_).float()
+        if len(seen) == 2:  # scikit-learn gives one row for two classes
+            coefficients, intercept = torch.cat([-coefficients, coefficients]) / 2, torch.cat([-intercept, intercept]) / 2
+        weight[seen] = coefficients / scale
+        bias[seen] = intercept - (coefficients / scale) @ mean
+        return weight, bias
 
 
 class LinearHead(Head):
     """logits = W f + b, W (C, D).
 
     Args:
-        init: `zeros`, or `class_means`: the nearest-class-mean classifier of Gaussian classes with one common variance.
+        init: `zeros`; `class_means`, the nearest-class-mean classifier; `linear_probe`, logistic regression on the frozen features,
+            so that training starts where a linear probe ends (Kumar et al., "Fine-Tuning can Distort Pretrained Features", 2022).
     """
 
-    def __init__(self, init: Literal["zeros", "class_means"] = "zeros") -> None:
+    def __init__(self, init: Literal["zeros", "class_means", "linear_probe"] = "linear_probe") -> None:
         super().__init__()
         self.init = init
-        self.needs_means = init == "class_means"
+        self.needs_features = init != "zeros"
 
-    def build(self, backbone: Backbone, prompts: Sequence[str], means: ClassMeans | None) -> None:
+    def build(self, backbone: Backbone, prompts: Sequence[str], frozen: FrozenFeatures | None) -> None:
         self.weight = nn.Parameter(torch.zeros(len(prompts), backbone.num_features))
         self.bias = nn.Parameter(torch.zeros(len(prompts)))
-        if means is not None:
-            centred = means.means - means.means.mean(0)
+        if frozen is not None:
+            weight, bias = frozen.nearest_mean() if self.init == "class_means" else frozen.logistic_regression()
             with torch.no_grad():
-                self.weight.copy_(centred / max(means.variance, 1e-8))
-                self.bias.copy_(-(self.weight * (means.means + means.means.mean(0))).sum(1) / 2)
-                # features have D correlated values: without this the first logits are in the hundreds
-                shrink = backbone.num_features**0.5
-                self.weight.div_(shrink)
-                self.bias.div_(shrink)
+                self.weight.copy_(weight)
+                self.bias.copy_(bias)
 
     def forward(self, features: Tensor) -> Tensor:
         return F.linear(features, self.weight, self.bias)
@@ -82,15 +102,15 @@ class CosineHead(Head):
         scale: factor of the cosine.
     """
 
-    needs_means = True
+    needs_features = True
 
     def __init__(self, scale: float = 20.0) -> None:
         super().__init__()
         self.scale = scale
 
-    def build(self, backbone: Backbone, prompts: Sequence[str], means: ClassMeans | None) -> None:
-        self.register_buffer("centre", torch.zeros(backbone.num_features) if means is None else means.means.mean(0))
-        start = torch.zeros(len(prompts), backbone.num_features) if means is None else F.normalize(means.means - self.centre, dim=1)
+    def build(self, backbone: Backbone, prompts: Sequence[str], frozen: FrozenFeatures | None) -> None:
+        self.register_buffer("centre", torch.zeros(backbone.num_features) if frozen is None else frozen.means().mean(0))
+        start = torch.zeros(len(prompts), backbone.num_features) if frozen is None else F.normalize(frozen.means() - self.centre, dim=1)
         self.prototypes = nn.Parameter(start.clone())
 
     def forward(self, features: Tensor) -> Tensor:
@@ -110,7 +130,7 @@ class TextHead(Head):
         super().__init__()
         self.scale = scale
 
-    def build(self, backbone: Backbone, prompts: Sequence[str], means: ClassMeans | None) -> None:
+    def build(self, backbone: Backbone, prompts: Sequence[str], frozen: FrozenFeatures | None) -> None:
         if not hasattr(backbone, "text_features"):
             raise UserError(f"model.head: TextHead needs a backbone with a text tower; {type(backbone).__name__} has none")
         object.__setattr__(self, "backbone", backbone)  # not a child: the task owns it

@@ -1,0 +1,105 @@
+"""`vision-peft export`: an adapter as merged weights, as a Hugging Face PEFT folder, or as a checked copy; compared with the original."""
+
+from __future__ import annotations
+
+import argparse
+import copy
+import os
+import shutil
+import tempfile
+from collections.abc import Callable
+from importlib.util import find_spec
+from pathlib import Path
+
+import torch
+from safetensors.torch import load_file
+from torch import Tensor, nn
+
+from vision_peft.commands.networks import find_folders, on_random_input, rebuild
+from vision_peft.engine.install import AdapterSet
+from vision_peft.engine.merged import save_merged
+from vision_peft.engine.peft_layout import save_peft
+from vision_peft.engine.store import CARD, CONFIG, WEIGHTS, _replace, load_adapter, read_config
+from vision_peft.errors import UserError
+
+TOLERANCE = {"adapter": 0.0, "merged": 1e-4, "peft": 1e-5}  # of the largest output: float32 sums in another order
+FORMS = tuple(TOLERANCE)
+
+
+def main(command: str, argv: list[str]) -> None:
+    parser = argparse.ArgumentParser("vision-peft export", description=__doc__.split(": ", 1)[1])
+    parser.add_argument("folder", type=Path, help="a run folder (config.yaml and adapter/) or an adapter folder")
+    parser.add_argument("--to", choices=FORMS, required=True, help="merged: one weights file of the backbone; peft, adapter: a folder")
+    parser.add_argument("--output", type=Path, required=True, help="file to write (.safetensors, .pt, .pth) or folder")
+    parser.add_argument("--force", action="store_true", help="replace what is there")
+    given = parser.parse_args(argv)
+    export(given.folder, given.to, given.output, given.force)
+
+
+@torch.no_grad()
+def export(folder: Path, form: str, output: Path, force: bool = False) -> None:
+    """Write one adapter in another form beside its place, prove it equal there, and move it into place."""
+    if output.exists() and not force:
+        raise UserError(f"{output}: exists already; --force replaces it")
+    if output.exists() and not _replaceable(output, form):
+        raise UserError(f"{output}: holds something else than an earlier export, which --force will not replace")
+    adapter, config = find_folders(folder)
+    backbone = rebuild(adapter, config)
+    backbone.load()
+    backbone.eval()
+    bare = copy.deepcopy(backbone.network)
+    adapters = load_adapter(backbone.network, adapter, sites=backbone.sites(), resized=backbone.resized)
+    run = on_random_input(backbone, text=any(site.target.startswith("text.") for site in adapters.sites))
+    output.parent.mkdir(parents=True, exist_ok=True)
+    staging = Path(tempfile.mkdtemp(prefix=f".{output.name}.", dir=output.parent))
+    try:
+        written = staging / output.name
+        _write(form, written, adapter, backbone.network, backbone.describe())
+        verdict = _verdict(form, written, adapters, run(backbone.network), run, bare, backbone)
+        _replace(written, output) if written.is_dir() else os.replace(written, output)
+    finally:
+        shutil.rmtree(staging, ignore_errors=True)
+    print(f"{output}: {adapters.method!r} on {len(adapters.sites)} sites; {verdict}")
+    parts = read_config(adapter)["parts"]
+    if parts and form != "adapter":
+        print(f"not in it: {', '.join(parts)}, which stays in {adapter / WEIGHTS}")
+
+
+def _replaceable(output: Path, form: str) -> bool:
+    """Whether replacing it can destroy nothing but an export of that form."""
+    if form == "merged" or not output.is_dir():
+        return form == "merged" and output.is_file()
+    return {each.name for each in output.iterdir()} <= {WEIGHTS, CONFIG, CARD}
+
+
+def _write(form: str, path: Path, adapter: Path, network: nn.Module, described: dict[str, object]) -> None:
+    if form == "merged":
+        save_merged(path, network)
+    elif form == "peft":
+        save_peft(path, network, base_model=str(described.get("name")))
+    else:
+        path.mkdir()
+        for name in (WEIGHTS, CONFIG, CARD):
+            if (adapter / name).is_file():
+                shutil.copy2(adapter / name, path / name)
+
+
+def _verdict(
+    form: str, path: Path, adapters: AdapterSet, expected: Tensor, run: Callable[[nn.Module], Tensor], bare: nn.Module, backbone: object
+) -> str:
+    """What the comparison of the written form with the adapted network found; UserError where they differ."""
+    if form == "peft" and find_spec("peft") is None:
+        return "not compared, because the peft package is not installed"
+    if form == "merged":
+        bare.load_state_dict(load_file(path) if path.suffix == ".safetensors" else torch.load(path, weights_only=True), strict=True)
+    elif form == "peft":
+        from peft import PeftModel
+
+        PeftModel.from_pretrained(bare, path).eval()  # works on `bare` in place
+    else:
+        load_adapter(bare, path, sites=backbone.sites(), resized=backbone.resized)
+    difference, scale = float((run(bare) - expected).abs().max()), float(expected.abs().max())
+    tolerance = 0.1 if form == "merged" and adapters.method.merge == "approximate" else TOLERANCE[form]
+    if not difference <= tolerance * scale:
+        raise UserError(f"{path.name}: not written, because it differs from the adapter by {difference:.1e} (largest output {scale:.1e})")
+    return f"on random images it differs from the adapter by at most {difference:.1e} (largest output {scale:.1e})"

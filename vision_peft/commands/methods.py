@@ -1,0 +1,91 @@
+"""`vision-peft methods`: the catalogue by the flags of its classes, or one method with its page and hyper-parameters."""
+
+from __future__ import annotations
+
+import argparse
+import inspect
+import json
+import sys
+import typing
+from typing import Any
+
+from vision_peft.commands.columns import columns
+from vision_peft.engine.adapter import Method, find_method, method_names
+from vision_peft.errors import UserError, nearest
+
+HEADER = ("name", "class", "kind", "source", "trained per site", "starts as identity", "merge", "to PEFT", "adapts")
+
+
+def main(command: str, argv: list[str]) -> None:
+    parser = argparse.ArgumentParser(
+        "vision-peft methods",
+        description="List the methods: read from official code, a paper's text or its abstract; numbers trained per site of m x n; "
+        "whether W' = W before the first step; whether the weights merge; whether the update exports as a LoRA.",
+    )
+    parser.add_argument("name", nargs="?", help="show one method: its page, its hyper-parameters with defaults")
+    parser.add_argument("--json", action="store_true", help="as JSON")
+    given = parser.parse_args(argv)
+    if given.name:
+        cls = _find(given.name)
+        print(json.dumps({**facts(cls), "hyperparameters": hyperparameters(cls)}, indent=2, default=str) if given.json else page(cls))
+        return
+    found = [facts(find_method(name)) for name in method_names()]
+    if given.json:
+        print(json.dumps(found, indent=2))
+        return
+    rows = [[_cell(value) for value in each.values()] for each in found]
+    print(columns([HEADER, *rows]))
+    print(f"\n{len(found)} methods. In YAML: adapter: {{method: {{class_path: LoRA, init_args: {{rank: 8}}}}}}")
+    print("More of one: vision-peft methods NAME")
+
+
+def facts(cls: type[Method]) -> dict[str, Any]:
+    """The flags of a method, in the order of the table."""
+    return {
+        "name": cls.name,
+        "class": cls.__name__,
+        "kind": cls.kind,
+        "source": cls.source,
+        "formula": cls.formula,
+        "identity_at_init": cls.identity_at_init,
+        "merge": cls.merge,
+        "low_rank": cls.low_rank,
+        "roles": list(cls.roles),
+    }
+
+
+def hyperparameters(cls: type[Method]) -> dict[str, Any]:
+    """Defaults by name; None also where an argument is required."""
+    parameters = list(inspect.signature(cls.__init__).parameters.values())[1:]
+    return {each.name: None if each.default is each.empty else each.default for each in parameters}
+
+
+def page(cls: type[Method]) -> str:
+    """What the method's file says of it, its hyper-parameters, and how to name it in YAML."""
+    parameters = list(inspect.signature(cls.__init__).parameters.values())[1:]
+    hints = typing.get_type_hints(cls.__init__)
+    rows = [(each.name, _type(hints[each.name]), "required" if each.default is each.empty else json.dumps(each.default)) for each in parameters]
+    table = columns([("hyper-parameter", "type", "default"), *rows]) if rows else "no hyper-parameters"
+    flags = ", ".join(f"{key} {_cell(value)}" for key, value in facts(cls).items() if key not in ("name", "class"))
+    settings = ", ".join(f"{name}: {default}" for name, _, default in rows)
+    yaml = f"adapter:\n  method:\n    class_path: {cls.__name__}" + (f"\n    init_args: {{{settings}}}" if settings else "")
+    text = inspect.cleandoc(sys.modules[cls.__module__].__doc__ or "")
+    return "\n\n".join([text, f"{cls.__name__}: {inspect.cleandoc(cls.__doc__ or '')}", table, flags, yaml])
+
+
+def _find(name: str) -> type[Method]:
+    """By file name or class name, in any case."""
+    for known in method_names():
+        cls = find_method(known)
+        if name.lower() in (known.lower(), cls.__name__.lower()):
+            return cls
+    raise UserError(f"unknown method {name!r}{nearest(name.lower(), method_names())}")
+
+
+def _type(hint: Any) -> str:
+    options = typing.get_args(hint)
+    return " | ".join(map(_type, options)) if options else "null" if hint is type(None) else getattr(hint, "__name__", str(hint))
+
+
+def _cell(value: Any) -> str:
+    return {True: "yes", False: "no"}.get(value, value) if isinstance(value, (bool, str)) else ", ".join(value)
