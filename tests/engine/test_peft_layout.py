@@ -184,7 +184,7 @@ def test_multihead_attention_with_separate_projections(targets, tmp_path):
     check(Cross(), torch.randn(2, 3, 8), tmp_path / "peft", targets=targets)
 
 
-@pytest.mark.parametrize("targets", ["part.in_proj_weight", "part.*"])
+@pytest.mark.parametrize("targets", ["part.mix", "part.{q,v}", "part.*"])
 def test_bare_parameters(targets, tmp_path):
     torch.manual_seed(0)
     check(Around(part=Bare()), torch.randn(2, 3, 8), tmp_path / "peft", targets=targets)
@@ -227,7 +227,7 @@ SHARED = nn.Linear(4, 4)
         (Around(conv=StdConv2d(4, 6, 3)), "all", ["conv: ", "another function"]),
         (Around(embed=nn.Embedding(5, 4, max_norm=0.1)), "all", ["embed: ", "another function"]),
         (Around(one=SHARED, two=SHARED), "all", ["one: ", "several places"]),
-        (Bare(), "in_proj_weight", ["in_proj_weight: ", "root"]),
+        (Bare(), "mix", ["mix: ", "root"]),
         (Tower(), "blocks.1.attn.out", ["blocks.1.attn.out: ", "twice"]),
         (Around(attn=nn.MultiheadAttention(4, 2, kdim=2, vdim=2)), "attn.out", ["attn.out: ", "twice"]),
         (Around(a=Bare(), twin=Around(a=Bare())), "a.mix", ["a.mix: ", "twin.a.mix"]),

@@ -2,17 +2,17 @@
 
 from __future__ import annotations
 
-import argparse
 import contextlib
 import io
 from collections import defaultdict
 from fnmatch import fnmatch
 
 from vision_peft.commands.columns import columns
+from vision_peft.commands.parser import CommandParser
 
 
 def main(command: str, argv: list[str]) -> None:
-    parser = argparse.ArgumentParser("vision-peft backbones", description="List backbones: offline weights, timm's and open_clip's models.")
+    parser = CommandParser(command, __doc__)
     parser.add_argument("pattern", nargs="?", help="a glob, or a part of the name, e.g. 'vit_*dinov2*' or siglip")
     parser.add_argument("--all", action="store_true", help="everything that timm and open_clip know")
     given = parser.parse_args(argv)

@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-import argparse
-
 from vision_peft.commands.columns import columns
 from vision_peft.commands.networks import on_random_input
+from vision_peft.commands.parser import CommandParser
 from vision_peft.engine.contract import run_contract
 from vision_peft.engine.targets import resolve
 from vision_peft.errors import UserError
@@ -14,7 +13,7 @@ USAGE = "vision-peft check --config FILE [--config FILE ...] [--KEY VALUE ...]"
 
 
 def main(command: str, argv: list[str]) -> int:
-    parser = argparse.ArgumentParser("vision-peft check", usage=USAGE, description=__doc__.split(": ", 1)[1], allow_abbrev=False)
+    parser = CommandParser(command, __doc__, USAGE)
     parser.add_argument("--config", "-c", metavar="FILE", action="append", required=True, help="as for fit, with the same overrides")
     given, overrides = parser.parse_known_args(argv)
     from vision_peft.commands.run import make_cli  # lightning: takes seconds

@@ -73,7 +73,7 @@ def wanted(path: Sequence[str], owner: type | None) -> type | None:
 
 
 def fitting(base: type, given: str = "") -> list[str]:
-    """Names by which a YAML can choose a class of that kind: lazy ones of its package, those in the module of `given`, all imported ones."""
+    """Names by which a YAML can choose a class of that kind: lazy ones of its package, those in `given`'s module, all imported ones."""
     module = sys.modules.get(given.rpartition(".")[0])
     near = [f"{module.__name__}.{name}" for name, value in vars(module).items() if _fits(value, base)] if module else []
     imported = sorted(each.__name__ for each in _subclasses(base) if _fits(each, base))

@@ -18,9 +18,9 @@ _MANY = 12  # a longer list of what is allowed is left out where something near 
 def innermost(message: str, argv: list[str]) -> str | None:
     """What the deepest reasons of the tree say, with the key in dotted form; None if the message is no tree."""
     found = list(reasons_in(message))
-    if not found:
+    deepest = max((len(each.trail) for each in found), default=0)
+    if deepest == 0:
         return None
-    deepest = max(len(each.trail) for each in found)
     trail = next(each.trail for each in found if len(each.trail) == deepest)
     return explain([each for each in found if each.trail == trail], argv)
 

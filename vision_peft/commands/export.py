@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import argparse
 import copy
 import os
 import shutil
@@ -16,10 +15,11 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from vision_peft.commands.networks import find_folders, on_random_input, rebuild
+from vision_peft.commands.parser import CommandParser
 from vision_peft.engine.install import AdapterSet
 from vision_peft.engine.merged import save_merged
 from vision_peft.engine.peft_layout import save_peft
-from vision_peft.engine.store import CARD, CONFIG, WEIGHTS, _replace, load_adapter, read_config
+from vision_peft.engine.store import CARD, CONFIG, WEIGHTS, _replace, load_adapter, read_tensors
 from vision_peft.errors import UserError
 
 TOLERANCE = {"adapter": 0.0, "merged": 1e-4, "peft": 1e-5}  # of the largest output: float32 sums in another order
@@ -27,7 +27,7 @@ FORMS = tuple(TOLERANCE)
 
 
 def main(command: str, argv: list[str]) -> None:
-    parser = argparse.ArgumentParser("vision-peft export", description=__doc__.split(": ", 1)[1])
+    parser = CommandParser(command, __doc__)
     parser.add_argument("folder", type=Path, help="a run folder (config.yaml and adapter/) or an adapter folder")
     parser.add_argument("--to", choices=FORMS, required=True, help="merged: one weights file of the backbone; peft, adapter: a folder")
     parser.add_argument("--output", type=Path, required=True, help="file to write (.safetensors, .pt, .pth) or folder")
@@ -60,7 +60,7 @@ def export(folder: Path, form: str, output: Path, force: bool = False) -> None:
     finally:
         shutil.rmtree(staging, ignore_errors=True)
     print(f"{output}: {adapters.method!r} on {len(adapters.sites)} sites; {verdict}")
-    parts = read_config(adapter)["parts"]
+    parts = sorted({key.split(".")[1] for key in read_tensors(adapter) if key.startswith("parts.")})
     if parts and form != "adapter":
         print(f"not in it: {', '.join(parts)}, which stays in {adapter / WEIGHTS}")
 

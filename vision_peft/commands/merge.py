@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-import argparse
 from pathlib import Path
 
 from vision_peft.commands.export import export
+from vision_peft.commands.parser import CommandParser
 
 
 def main(command: str, argv: list[str]) -> None:
-    parser = argparse.ArgumentParser("vision-peft merge", description=__doc__.split(": ", 1)[1])
+    parser = CommandParser(command, __doc__)
     parser.add_argument("adapter", type=Path, help="an adapter folder, or a run folder")
     parser.add_argument("--output", type=Path, required=True, help="file to write, e.g. backbone.safetensors")
     parser.add_argument("--force", action="store_true", help="replace what is there")

@@ -1,8 +1,10 @@
-"""`vision-peft methods`: the catalogue by the flags of its classes, or one method with its page and hyper-parameters."""
+"""`vision-peft methods`: the catalogue by the flags of its classes, or one method with its page and hyper-parameters.
+
+Source: read from official code, from a paper's text or from its abstract. Trained per site: in m (out), n (in) and the hyper-parameters.
+"""
 
 from __future__ import annotations
 
-import argparse
 import inspect
 import json
 import sys
@@ -10,6 +12,7 @@ import typing
 from typing import Any
 
 from vision_peft.commands.columns import columns
+from vision_peft.commands.parser import CommandParser
 from vision_peft.engine.adapter import Method, find_method, method_names
 from vision_peft.errors import UserError, nearest
 
@@ -17,11 +20,7 @@ HEADER = ("name", "class", "kind", "source", "trained per site", "starts as iden
 
 
 def main(command: str, argv: list[str]) -> None:
-    parser = argparse.ArgumentParser(
-        "vision-peft methods",
-        description="List the methods: read from official code, a paper's text or its abstract; numbers trained per site of m x n; "
-        "whether W' = W before the first step; whether the weights merge; whether the update exports as a LoRA.",
-    )
+    parser = CommandParser(command, __doc__)
     parser.add_argument("name", nargs="?", help="show one method: its page, its hyper-parameters with defaults")
     parser.add_argument("--json", action="store_true", help="as JSON")
     given = parser.parse_args(argv)
@@ -64,7 +63,8 @@ def page(cls: type[Method]) -> str:
     """What the method's file says of it, its hyper-parameters, and how to name it in YAML."""
     parameters = list(inspect.signature(cls.__init__).parameters.values())[1:]
     hints = typing.get_type_hints(cls.__init__)
-    rows = [(each.name, _type(hints[each.name]), "required" if each.default is each.empty else json.dumps(each.default)) for each in parameters]
+    defaults = ["required" if each.default is each.empty else json.dumps(each.default) for each in parameters]
+    rows = [(each.name, _type(hints[each.name]), default) for each, default in zip(parameters, defaults)]
     table = columns([("hyper-parameter", "type", "default"), *rows]) if rows else "no hyper-parameters"
     flags = ", ".join(f"{key} {_cell(value)}" for key, value in facts(cls).items() if key not in ("name", "class"))
     settings = ", ".join(f"{name}: {default}" for name, _, default in rows)

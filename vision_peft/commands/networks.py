@@ -47,7 +47,7 @@ def rebuild(adapter: Path, config: Path | None) -> Backbone:
         except (KeyError, TypeError) as error:
             raise UserError(f"{config}: model.init_args.backbone is missing") from error
     if described.get("pretrained") is False:
-        raise UserError(f"{adapter}: its backbone has random weights (pretrained: false), which the run's seed draws again: give the run folder")
+        raise UserError(f"{adapter}: its backbone has random weights (pretrained: false), drawn by the run's seed: give the run folder")
     return _instance(_settings(adapter, described))
 
 

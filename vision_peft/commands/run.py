@@ -16,6 +16,7 @@ import lightning.pytorch as pl
 from lightning.pytorch.callbacks import LearningRateMonitor, ModelCheckpoint
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI, SaveConfigCallback
 from lightning.pytorch.loggers import CSVLogger, TensorBoardLogger
+from lightning.pytorch.utilities import rank_zero_only
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 
 from vision_peft.commands.config_errors import one_line, users_fault
@@ -35,10 +36,11 @@ class RunCLI(LightningCLI):
     def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
         parser.add_lightning_class_args(AdapterCallback, "adapter")
         parser.add_argument("--run", type=str, default="checkpoints/run", help="folder of the run; a number is added if it is taken")
+        parser.add_argument("--checkpoint_every", type=int, default=50, help="optimizer steps between checkpoints")
 
     def before_instantiate_classes(self) -> None:
         settings = self.config[self.subcommand]
-        if self.subcommand == "fit":
+        if self.subcommand == "fit" and rank_zero_only.rank == 0:  # the other processes follow rank 0's folder
             settings.run = str(_run_folder(Path(settings.run), settings.get("ckpt_path")))
 
     def instantiate_classes(self) -> None:
@@ -52,6 +54,8 @@ class RunCLI(LightningCLI):
         kwargs["default_root_dir"] = folder
         if trainer.get("logger") in (None, True):
             kwargs["logger"] = [CSVLogger(folder, name="", version=""), TensorBoardLogger(folder, name="", version="tensorboard")]
+        if trainer.get("enable_checkpointing") is not False:
+            kwargs["callbacks"] = [*_as_list(trainer.get("callbacks")), _checkpointing(self._get(self.config, "checkpoint_every"))]
         kwargs["plugins"] = [*_as_list(trainer.get("plugins")), AtomicCheckpointIO()]
         return super().instantiate_trainer(**kwargs)
 
@@ -107,7 +111,7 @@ def make_cli(command: str, argv: list[str], run: bool) -> RunCLI:
                 save_config_callback=SaveRunConfig,
                 seed_everything_default=1,
                 trainer_defaults={
-                    "callbacks": [_checkpointing(), LearningRateMonitor("step")],
+                    "callbacks": [LearningRateMonitor("step")],
                     "log_every_n_steps": 10,
                     "enable_model_summary": False,  # the table of sites says more
                 },
@@ -138,9 +142,9 @@ def _hushed(*names: str) -> Iterator[None]:
             logger.setLevel(level)
 
 
-def _checkpointing() -> ModelCheckpoint:
+def _checkpointing(steps: int) -> ModelCheckpoint:
     """One file that always holds the latest state; the last iterate is what the protocols test."""
-    return ModelCheckpoint(filename="last", every_n_train_steps=50, save_top_k=1, enable_version_counter=False, save_on_train_epoch_end=None)
+    return ModelCheckpoint(filename="last", every_n_train_steps=steps, save_top_k=1, enable_version_counter=False)
 
 
 def _expand_resume(argv: list[str]) -> list[str]:

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-import argparse
 from collections.abc import Sequence
 
 from vision_peft.commands.columns import columns
+from vision_peft.commands.parser import CommandParser
 from vision_peft.engine.adapter import Method, find_method
 from vision_peft.engine.site import Site
 from vision_peft.engine.targets import PRESETS, resolve, table
@@ -15,8 +15,8 @@ USAGE = "vision-peft targets (--config FILE [--KEY VALUE ...] | --backbone NAME)
 
 
 def main(command: str, argv: list[str]) -> None:
-    parser = argparse.ArgumentParser("vision-peft targets", usage=USAGE, description=__doc__.split(": ", 1)[1], allow_abbrev=False)
-    parser.add_argument("--config", "-c", metavar="FILE", action="append", help="as for fit, with the same overrides (--adapter.method LoRA)")
+    parser = CommandParser(command, __doc__, USAGE)
+    parser.add_argument("--config", "-c", metavar="FILE", action="append", help="as for fit, with the same overrides")
     parser.add_argument("--backbone", metavar="NAME", help="instead of a config: a name that `vision-peft backbones` lists for Vit")
     parser.add_argument("--targets", metavar="PATTERN", nargs="+", help="try these presets or patterns in place of the config's")
     parser.add_argument("--all", action="store_true", help="list every layer with its shape as well")

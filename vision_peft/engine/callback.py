@@ -71,11 +71,12 @@ class AdapterCallback(pl.Callback):
 
     def on_fit_end(self, trainer: pl.Trainer, task: Any) -> None:
         if self.adapters is not None and not trainer.fast_dev_run:
-            self.export(trainer, task)
+            folder = Path(trainer.log_dir or trainer.default_root_dir)  # asks all processes: before the rest leave
+            self.export(Path(self.folder) if self.folder else folder / "adapter", trainer, task)
 
     @rank_zero_only
-    def export(self, trainer: pl.Trainer, task: Any) -> None:
-        folder = Path(self.folder or Path(trainer.log_dir or trainer.default_root_dir) / "adapter")
+    def export(self, folder: Path, trainer: pl.Trainer, task: Any) -> None:
+        """Write the adapter folder with the task's parts, its facts and the run's metrics."""
         metrics = {key: float(value) for key, value in trainer.callback_metrics.items()}
         save_adapter(
             folder,

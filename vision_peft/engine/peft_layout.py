@@ -80,6 +80,7 @@ def save_peft(folder: str | os.PathLike[str], network: nn.Module, *, name: str =
     try:
         save_file({key: value.float().cpu().contiguous().clone() for key, value in tensors.items()}, staging / WEIGHTS, {"format": "pt"})
         (staging / CONFIG).write_text(json.dumps(config, indent=2) + "\n")
+        (staging / WEIGHTS).chmod(0o644)  # safetensors gives 0600
         staging.chmod(0o755)
         _replace(staging, target)
     finally:

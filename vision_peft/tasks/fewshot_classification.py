@@ -145,8 +145,8 @@ class FewShotClassification(Task):
         matrix = self.confusion.compute().cpu()
         self.test_metrics.reset()
         self.confusion.reset()
+        folder = self._folder()
         if self.trainer.is_global_zero and not self.trainer.fast_dev_run:
-            folder = self._folder()
             save_confusion(matrix, self.class_names, folder / "confusion.png")
             _write_class_accuracies(matrix, self.class_names, folder / "class_accuracy.csv")
 
