@@ -65,7 +65,11 @@ def test_the_network_is_as_it_was():
     network[3].weight.grad = torch.full_like(network[3].weight, 7.0)
     state = {key: value.clone() for key, value in network.state_dict().items()}
     found = collect(
-        network, sites_of(network, "0", "3"), ["gradient", "covariance"], [torch.randn(4, 2, 5, 5)] * 2, lambda x: network(x).square().mean()
+        network,
+        sites_of(network, "0", "3"),
+        ["gradient", "covariance"],
+        [torch.randn(4, 2, 5, 5)] * 2,
+        lambda x: network(x).square().mean(),
     )
     assert all(torch.equal(value, state[key]) for key, value in network.state_dict().items())
     assert [p.requires_grad for p in network.parameters()] == [False, False, True, True, True, True]
@@ -114,7 +118,10 @@ def test_covariance_of_attention_inputs(batch_first, how):
         loss = lambda x: attention(x, x, x, None, False, mask)[0].sum()
     found = collect(network, sites_of(network, "attn.q", "attn.v", "attn.out"), ["covariance"], [x], loss)
     tokens = x if batch_first else x.transpose(0, 1)
-    q, k, v = ((tokens @ W.mT + b).unflatten(-1, (2, 4)).transpose(1, 2) for W, b in zip(attention.in_proj_weight.chunk(3), attention.in_proj_bias.chunk(3)))
+    q, k, v = (
+        (tokens @ W.mT + b).unflatten(-1, (2, 4)).transpose(1, 2)
+        for W, b in zip(attention.in_proj_weight.chunk(3), attention.in_proj_bias.chunk(3))
+    )
     scores = (q @ k.mT / 2).masked_fill(mask, float("-inf"))
     heads = (scores.softmax(-1) @ v).transpose(1, 2).reshape(-1, 8).detach()
     torch.testing.assert_close(found["attn.q"].covariance.double(), covariance(tokens.reshape(-1, 8)), rtol=1e-5, atol=1e-6)

@@ -1,4 +1,4 @@
-"""factored_linear against autograd of the plain formula in float64, what it saves, and what half-precision weights keep of small updates."""
+"""factored_linear against autograd of the plain formula in float64; what it saves; what half precision keeps of small updates."""
 
 from __future__ import annotations
 
@@ -82,7 +82,9 @@ def test_output_may_be_overwritten_in_place():
     x, W, b, form = make()
     results = []
     for activation in (torch.relu, torch.relu_):
-        results.append(gradients_of(lambda x, W, b, form, f=activation: f(factored_linear(x, W, b, whole(form), True)), x, W, b, form, torch.float32))
+        results.append(
+            gradients_of(lambda x, W, b, form, f=activation: f(factored_linear(x, W, b, whole(form), True)), x, W, b, form, torch.float32)
+        )
     assert torch.equal(results[0][0], results[1][0])
     for key, gradient in results[0][1].items():
         assert torch.equal(gradient, results[1][1][key]), key
@@ -213,7 +215,9 @@ def test_side_path_gradients(scale, dtype):
     """The side path, here taken because W is stored in half precision, and its gradients in x, B, A, scale and bias."""
     x, W, b, form = make(scale)
     W = W.bfloat16()
-    _, ours = gradients_of(lambda x, W, b, form: factored_linear(x.to(dtype), W.to(dtype), b, _dropping(form, dtype), True), x, W, b, form, torch.float32)
+    _, ours = gradients_of(
+        lambda x, W, b, form: factored_linear(x.to(dtype), W.to(dtype), b, _dropping(form, dtype), True), x, W, b, form, torch.float32
+    )
     _, reference = gradients_of(plain, x, W, b, form, torch.float64)
     for key, gradient in ours.items():
         assert (gradient - reference[key]).norm() <= (0.02 if dtype == torch.bfloat16 else 1e-5) * reference[key].norm(), key

@@ -79,7 +79,11 @@ def test_conv_and_all(sites):
 
 def test_braces_ranges_and_several_patterns_keep_network_order(sites):
     assert names("vision.{9..11}.attn.{v,q}", sites) == [f"vision.{block}.attn.{part}" for block in (9, 10, 11) for part in "qv"]
-    assert names(["text.1.mlp.*", "vision.0.attn.out", "vision.0.attn.out"], sites) == ["vision.0.attn.out", "text.1.mlp.fc1", "text.1.mlp.fc2"]
+    assert names(["text.1.mlp.*", "vision.0.attn.out", "vision.0.attn.out"], sites) == [
+        "vision.0.attn.out",
+        "text.1.mlp.fc1",
+        "text.1.mlp.fc2",
+    ]
     assert names("text.*", sites)[:4] == ["text.0.attn.q", "text.0.attn.k", "text.0.attn.v", "text.0.attn.out"]
     assert names("vision.1.attn.q", sites, "bitfit") == ["vision.1.attn.q.bias"]
     assert names("vision.1.norm", sites, "full") == ["vision.1.norm.weight", "vision.1.norm.bias"]
@@ -157,6 +161,12 @@ def test_collapsed_table_has_a_row_for_what_differs_in_its_block_only(sites):
     method = find_method("lora")(rank=2)
     lines = table(resolve(["qv", "words"], sites, method), method, collapse=True).splitlines()
     rows = [line.split() for line in lines[2:-2]]
-    assert [row[0] for row in rows] == ["vision.{0..11}.attn.q", "vision.{0..11}.attn.v", "text.{0..1}.attn.q", "text.{0..1}.attn.v", "words"]
+    assert [row[0] for row in rows] == [
+        "vision.{0..11}.attn.q",
+        "vision.{0..11}.attn.v",
+        "text.{0..1}.attn.q",
+        "text.{0..1}.attn.v",
+        "words",
+    ]
     assert [row[5] for row in rows] == ["12", "12", "2", "2", "1"]
     assert lines[-1].split()[:3] == ["total", "29", f"{28 * 2 * 16 + 2 * 18}"]

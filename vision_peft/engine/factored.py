@@ -77,7 +77,7 @@ def _merge(W: Tensor, B: Tensor, A: Tensor, scale: Tensor | None, dtype: torch.d
 
 
 class _Side(torch.autograd.Function):
-    """W x + B low + b. In half precision one product of [W, B] and [x, low]: a small branch would not survive being added to a rounded W x."""
+    """W x + B low + b. In half precision one product, [W, B] [x, low]: a small branch does not survive being added to a rounded W x."""
 
     @staticmethod
     def forward(x: Tensor, low: Tensor, W: Tensor, B: Tensor, b: Tensor | None) -> Tensor:
