@@ -163,7 +163,8 @@ def run_all(runs: list[Run]) -> None:
             if fresh:
                 writer.writeheader()
             writer.writerow(dict(zip(FIELDS, run.key())) | result)
-        print(f"{number}/{len(waiting)} {' '.join(run.key())}: val {result['val']} test {result['test']}, {result['seconds']} s", flush=True)
+        outcome = f"val {result['val']} test {result['test']}, {result['seconds']} s"
+        print(f"{number}/{len(waiting)} {' '.join(run.key())}: {outcome}", flush=True)
 
 
 def write_page() -> None:
@@ -177,13 +178,15 @@ def write_page() -> None:
         machine=f"{platform.machine()}, {torch.get_num_threads()} thread(s), torch {torch.__version__}", date=time.strftime("%Y-%m-%d")
     )
     for backbone, name in itertools.product(TARGETS, SETS):
-        text += f"\n## {backbone}, {name}\n\n| method | learning rate | trainable | 4 shots | 16 shots | seconds at 16 shots |\n|---|---|---|---|---|---|\n"
+        text += f"\n## {backbone}, {name}\n\n| method | learning rate | trainable | 4 shots | 16 shots | seconds at 16 shots |\n"
+        text += "|---|---|---|---|---|---|\n"
         for method in RATES:
             cells = [groups.get((backbone, name, shots, method), []) for shots in SHOTS]
             if any(cells):
                 some = next(cell for cell in cells if cell)[0]
                 seconds = statistics.mean(float(row["seconds"]) for row in cells[1]) if cells[1] else math.nan
-                text += f"| {method} | {some['lr']} | {int(some['trainable']):,} | {_spread(cells[0])} | {_spread(cells[1])} | {seconds:.0f} |\n"
+                columns = (method, some["lr"], f"{int(some['trainable']):,}", _spread(cells[0]), _spread(cells[1]), f"{seconds:.0f}")
+                text += f"| {' | '.join(columns)} |\n"
     PAGE.write_text(text)
 
 

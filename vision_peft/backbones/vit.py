@@ -126,9 +126,9 @@ class Vit(Backbone):
         return self
 
     def describe(self) -> dict[str, Any]:
-        """Class, arguments as resolved, and the SHA-256 of offline weights (None for others)."""
+        """Class name, arguments as resolved, and the SHA-256 of offline weights (None for others)."""
         return {
-            "class": f"{type(self).__module__}.{type(self).__qualname__}",
+            "class": type(self).__name__,
             "name": self.name,
             "architecture": self.architecture,
             "image_size": self.image_size,

@@ -19,7 +19,7 @@ from vision_peft.commands.parser import CommandParser
 from vision_peft.engine.install import AdapterSet
 from vision_peft.engine.merged import save_merged
 from vision_peft.engine.peft_layout import save_peft
-from vision_peft.engine.store import CARD, CONFIG, WEIGHTS, _replace, load_adapter, read_tensors
+from vision_peft.engine.store import CARD, CONFIG, WEIGHTS, load_adapter, read_tensors, replace_folder
 from vision_peft.errors import UserError
 
 TOLERANCE = {"adapter": 0.0, "merged": 1e-4, "peft": 1e-5}  # of the largest output: float32 sums in another order
@@ -56,7 +56,7 @@ def export(folder: Path, form: str, output: Path, force: bool = False) -> None:
         written = staging / output.name
         _write(form, written, adapter, backbone.network, backbone.describe())
         verdict = _verdict(form, written, adapters, run(backbone.network), run, bare, backbone)
-        _replace(written, output) if written.is_dir() else os.replace(written, output)
+        replace_folder(written, output) if written.is_dir() else os.replace(written, output)
     finally:
         shutil.rmtree(staging, ignore_errors=True)
     print(f"{output}: {adapters.method!r} on {len(adapters.sites)} sites; {verdict}")

@@ -22,14 +22,15 @@ from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from vision_peft.commands.config_errors import one_line, users_fault
 from vision_peft.engine.callback import AdapterCallback
 from vision_peft.engine.checkpoint import AtomicCheckpointIO
-from vision_peft.engine.install import AdapterSet
-from vision_peft.engine.targets import resolve
 from vision_peft.errors import UserError
 from vision_peft.tasks.base import Task
 
 
 class RunCLI(LightningCLI):
-    """LightningCLI with an `adapter` group and a `run` folder."""
+    """LightningCLI with an `adapter` group and a `run` folder.
+
+    It stops when all is built and checked, so that what a configuration gets wrong is told from what goes wrong in a run.
+    """
 
     adapter: AdapterCallback
 
@@ -57,7 +58,13 @@ class RunCLI(LightningCLI):
         if trainer.get("enable_checkpointing") is not False:
             kwargs["callbacks"] = [*_as_list(trainer.get("callbacks")), _checkpointing(self._get(self.config, "checkpoint_every"))]
         kwargs["plugins"] = [*_as_list(trainer.get("plugins")), AtomicCheckpointIO()]
-        return super().instantiate_trainer(**kwargs)
+        try:
+            return super().instantiate_trainer(**kwargs)
+        except (MisconfigurationException, ValueError) as error:  # Lightning's answers to values that it does not know
+            raise UserError(f"trainer: {error}") from error
+
+    def _run_subcommand(self, subcommand: str) -> None:
+        """Left to make_cli()."""
 
 
 class SaveRunConfig(SaveConfigCallback):
@@ -77,25 +84,6 @@ def main(command: str, argv: list[str]) -> None:
         print(f"run folder: {cli.trainer.default_root_dir}")
 
 
-class PreparedCLI(RunCLI):
-    """Stops when all is built and checked, so that what a configuration gets wrong is told from what goes wrong in a run."""
-
-    def instantiate_trainer(self, **kwargs: Any) -> pl.Trainer:
-        try:
-            return super().instantiate_trainer(**kwargs)
-        except (MisconfigurationException, ValueError) as error:  # Lightning's answers to values that it does not know
-            raise UserError(f"trainer: {error}") from error
-
-    def instantiate_classes(self) -> None:
-        super().instantiate_classes()
-        method = self.adapter.method
-        if method is not None:  # a site may refuse a hyper-parameter, e.g. a rank
-            AdapterSet(method, resolve(self.adapter.targets, self.model.backbone.sites(), method))
-
-    def _run_subcommand(self, subcommand: str) -> None:
-        """Left to make_cli()."""
-
-
 def make_cli(command: str, argv: list[str], run: bool) -> RunCLI:
     """The parsed, instantiated and checked configuration; with `run` the subcommand is executed as well."""
     _import_catalogue()
@@ -103,7 +91,7 @@ def make_cli(command: str, argv: list[str], run: bool) -> RunCLI:
     arguments = [command, *argv]
     try:
         with _hushed("lightning.pytorch", "lightning.fabric"):
-            cli = PreparedCLI(
+            cli = RunCLI(
                 Task,
                 pl.LightningDataModule,
                 subclass_mode_model=True,
@@ -124,7 +112,7 @@ def make_cli(command: str, argv: list[str], run: bool) -> RunCLI:
             raise
         raise UserError(one_line(error, argv)) from error
     if run:
-        RunCLI._run_subcommand(cli, command)
+        LightningCLI._run_subcommand(cli, command)
     return cli
 
 
@@ -188,7 +176,7 @@ def _quieten() -> None:
         ".*does not have many workers.*",
         ".*smaller than the logging interval.*",
         ".*exists and is not empty.*",
-        ".*not supported by the model summary.*",
+        ".*LeafSpec.*",
     ):
         warnings.filterwarnings("ignore", text)
     logging.getLogger("lightning.pytorch.utilities.rank_zero").addFilter(lambda record: "litlogger" not in record.getMessage())

@@ -44,8 +44,7 @@ class AdapterCallback(pl.Callback):
     def check(self, backbone: Any) -> None:
         """Raise UserError where method or targets do not fit the backbone; reads no weights."""
         if self.method is not None:
-            for site in resolve(self.targets, backbone.sites(), self.method):
-                self.method.count(site)
+            AdapterSet(self.method, resolve(self.targets, backbone.sites(), self.method))  # a site may refuse a hyper-parameter
 
     def setup(self, trainer: pl.Trainer, task: Any, stage: str) -> None:
         task.prepare(trainer)

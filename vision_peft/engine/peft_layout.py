@@ -10,8 +10,6 @@ import copy
 import json
 import os
 import re
-import shutil
-import tempfile
 import warnings
 from collections import Counter
 from pathlib import Path
@@ -25,7 +23,7 @@ from torch import Tensor, nn
 from vision_peft.engine.factored import stack_rows
 from vision_peft.engine.install import Installation, _find, _known
 from vision_peft.engine.site import Site
-from vision_peft.engine.store import CONFIG, WEIGHTS, _replace
+from vision_peft.engine.store import CONFIG, WEIGHTS, staged_folder
 from vision_peft.errors import UserError
 
 _CONV = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
@@ -75,16 +73,9 @@ def save_peft(folder: str | os.PathLike[str], network: nn.Module, *, name: str =
     tensors = _named_tensors(network, targets)
     config = _config(network, targets, base_model)
     _warn_dense(network, targets)
-    target.parent.mkdir(parents=True, exist_ok=True)
-    staging = Path(tempfile.mkdtemp(prefix=f".{target.name}.", dir=target.parent))
-    try:
+    with staged_folder(target) as staging:
         save_file({key: value.float().cpu().contiguous().clone() for key, value in tensors.items()}, staging / WEIGHTS, {"format": "pt"})
         (staging / CONFIG).write_text(json.dumps(config, indent=2) + "\n")
-        (staging / WEIGHTS).chmod(0o644)  # safetensors gives 0600
-        staging.chmod(0o755)
-        _replace(staging, target)
-    finally:
-        shutil.rmtree(staging, ignore_errors=True)
     return target
 
 

@@ -84,6 +84,7 @@ def enumerate_sites(
     seen: set[int] = set()
 
     def add(target: str, reader: str, parameter: str, tensor: Tensor, role: Role, kind: Kind, blocks: Sequence[str] = ()) -> None:
+        target = target or parameter  # the network is a single layer
         suffix = {"weight": "", "bias": ".bias", "other": f".{parameter}"}[role]
         where = (calls or {}).get(reader, ("forward",))
         if not blocks:

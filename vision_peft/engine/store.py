@@ -7,7 +7,8 @@ import json
 import os
 import shutil
 import tempfile
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +18,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from vision_peft.engine.adapter import find_method
-from vision_peft.engine.install import AdapterSet, Installation, _find, _install
+from vision_peft.engine.install import AdapterSet, Installation, _find, _install, _known
 from vision_peft.engine.site import Site, enumerate_sites
 from vision_peft.engine.targets import fused_qkv
 from vision_peft.errors import UserError
@@ -54,7 +55,9 @@ def save_adapter(
     extra: Mapping[str, Any] | None = None,
     card: str = "",
 ) -> Path:
-    """Write the adapter set `name` of `network`, and trained `parts` such as a head; an existing folder is replaced only when all is written.
+    """Write the adapter set `name` of `network`, and trained `parts` such as a head.
+
+    An existing adapter folder is replaced only when all is written; a folder that holds anything else is left alone (UserError).
 
     Args:
         seed: the one given to attach(): what bases are redrawn from.
@@ -64,6 +67,7 @@ def save_adapter(
         card: text of README.md.
     """
     found = _find(network)
+    _known(found, name)
     adapters = found.sets[name]
     tensors = {f"parts.{part}.{key}": value for part, module in (parts or {}).items() for key, value in module.state_dict().items()}
     tensors |= adapters.state_dict()
@@ -76,18 +80,50 @@ def save_adapter(
         "parts": sorted(parts or {}),
         **(extra or {}),
     }
-    target = Path(folder)
-    target.parent.mkdir(parents=True, exist_ok=True)
-    staging = Path(tempfile.mkdtemp(prefix=f".{target.name}.", dir=target.parent))
-    try:
+    with staged_folder(folder) as staging:
         save_file({key: value.detach().cpu().contiguous().clone() for key, value in tensors.items()}, staging / WEIGHTS)
         (staging / CONFIG).write_text(json.dumps(config, indent=2) + "\n")
         (staging / CARD).write_text(card or f"# {adapters.method.name} adapter\n")
+    return Path(folder)
+
+
+@contextmanager
+def staged_folder(folder: str | os.PathLike[str]) -> Iterator[Path]:
+    """A new folder beside `folder` to write into, which takes its place, at once and whole, when the block ends without an error.
+
+    Raises:
+        UserError: `folder` exists and holds something that is not an adapter's: it will not be replaced.
+    """
+    target = Path(folder)
+    if target.exists() and not (target.is_dir() and {each.name for each in target.iterdir()} <= {WEIGHTS, CONFIG, CARD}):
+        raise UserError(f"{target}: exists and is not an adapter folder: choose another one")
+    target.parent.mkdir(parents=True, exist_ok=True)
+    staging = Path(tempfile.mkdtemp(prefix=f".{target.name}.", dir=target.parent))
+    try:
+        yield staging
+        for file in staging.iterdir():
+            file.chmod(0o644)  # safetensors gives 0600, and an adapter is there to be shared
         staging.chmod(0o755)
-        _replace(staging, target)
+        replace_folder(staging, target)
     finally:
         shutil.rmtree(staging, ignore_errors=True)
-    return target
+
+
+def replace_folder(staging: Path, target: Path) -> None:
+    """Put a finished folder in place. An old one is moved aside first and removed last, so one of the two is always whole."""
+    if not target.exists():
+        os.replace(staging, target)
+        return
+    aside = Path(tempfile.mkdtemp(prefix=f".{target.name}.old.", dir=target.parent))
+    try:
+        os.replace(target, aside / "old")
+        try:
+            os.replace(staging, target)
+        except OSError:
+            os.replace(aside / "old", target)
+            raise
+    finally:
+        shutil.rmtree(aside, ignore_errors=True)
 
 
 def load_adapter(
@@ -176,14 +212,3 @@ def _method(folder: str | os.PathLike[str], config: Mapping[str, Any]) -> Any:
         return cls(**config["method"]["hyperparameters"])
     except TypeError as error:
         raise UserError(f"{Path(folder) / CONFIG}: hyper-parameters of {cls.name} do not fit ({error})") from error
-
-
-def _replace(staging: Path, target: Path) -> None:
-    """Put a finished folder in place; the old one is moved aside first and removed last, so one of the two is always whole."""
-    if not target.exists():
-        os.replace(staging, target)
-        return
-    aside = Path(tempfile.mkdtemp(prefix=f".{target.name}.old.", dir=target.parent))
-    os.replace(target, aside / "old")
-    os.replace(staging, target)
-    shutil.rmtree(aside)
