@@ -20,11 +20,6 @@ from vision_peft.engine.store import fingerprint, load_adapter, load_strictly, r
 from vision_peft.errors import UserError
 
 
-def reported(reason: str) -> pytest.MarkDecorator:
-    """A defect that is known and not mended yet; the test fails as soon as it is, to have this mark removed."""
-    return pytest.mark.xfail(strict=True, reason=reason)
-
-
 def build() -> nn.Module:
     torch.manual_seed(1)
     return nn.Sequential(nn.Linear(8, 10), nn.GELU(), nn.Linear(10, 6), nn.BatchNorm1d(6)).eval()
@@ -154,15 +149,23 @@ def test_named_sites_are_needed_on_load_too(tmp_path):
 def test_an_older_folder_is_replaced_whole(saved):
     network = build()
     trained(network, "bitfit")
-    (saved / "stray.txt").write_text("old")
     save_adapter(saved, network)
     load_adapter(fresh := build(), saved)
     assert torch.equal(fresh(x()), network(x()))
-    assert not (saved / "stray.txt").exists()
     assert [path.name for path in saved.parent.iterdir()] == [saved.name]
 
 
 # writing that fails
+
+
+def test_a_folder_with_other_things_is_left_alone(saved):
+    (saved / "thesis.tex").write_text("years of work")
+    before = {path.name: path.read_bytes() for path in saved.iterdir()}
+    network = build()
+    trained(network)
+    with pytest.raises(UserError, match="not an adapter folder"):
+        save_adapter(saved, network)
+    assert {path.name: path.read_bytes() for path in saved.iterdir()} == before
 
 
 @pytest.mark.parametrize("victim", ["save_file", "json.dumps", "os.replace"])
@@ -183,7 +186,6 @@ def test_an_existing_folder_is_kept_whole_when_writing_fails(saved, victim, monk
     assert not [path for path in saved.parent.iterdir() if path != saved and any(path.iterdir())]
 
 
-@reported("_replace does not move the old folder back")
 def test_an_existing_folder_is_back_when_the_exchange_fails_in_the_middle(saved, monkeypatch):
     replace, calls = os.replace, []
 
@@ -277,7 +279,7 @@ def test_unknown_method(saved):
         load_adapter(build(), saved)
 
 
-@pytest.mark.parametrize("hyperparameters, message", [({"ranks": 2}, "hyper-parameters of lora do not fit"), ({"rank": 4}, "has shape")])
+@pytest.mark.parametrize("hyperparameters, message", [({"ranks": 2}, "cannot be made"), ({"rank": 4}, "has shape")])
 def test_hyperparameters_that_do_not_fit(saved, hyperparameters, message):
     edit(saved, method={"name": "lora", "hyperparameters": hyperparameters})
     assert_refused(saved, message)
@@ -370,7 +372,6 @@ def test_fingerprint_leaves_out_tables_of_the_image_size():
 # known defects
 
 
-@reported("load_adapter starts from merged weights and mixes two states")
 def test_loading_onto_a_merged_network_is_refused(saved):
     network = build()
     trained(network, name="other")
@@ -379,7 +380,6 @@ def test_loading_onto_a_merged_network_is_refused(saved):
         load_adapter(network, saved)
 
 
-@reported("a bare KeyError")
 def test_a_set_that_is_not_there_cannot_be_saved(tmp_path):
     network = build()
     trained(network)
@@ -387,20 +387,17 @@ def test_a_set_that_is_not_there_cannot_be_saved(tmp_path):
         save_adapter(tmp_path / "a", network, name="nobody")
 
 
-@reported("accepted silently")
 def test_tensors_of_a_part_that_is_not_declared(saved):
     edit_tensors(saved, lambda tensors: tensors.update({"parts.ghost.weight": torch.zeros(1)}))
     assert_refused(saved, "ghost")
 
 
-@reported("KeyError or TypeError")
 @pytest.mark.parametrize("changes", [{"backbone": {}}, {"method": {}}, {"method": "lora"}, {"sites": 3}])
 def test_config_with_a_value_of_the_wrong_kind(saved, changes):
     edit(saved, **changes)
     assert_refused(saved, next(iter(changes)))
 
 
-@reported("extra is merged last: the folder written cannot be loaded as what it is")
 def test_extra_facts_cannot_overwrite_what_loading_needs(tmp_path):
     network = build()
     trained(network)
@@ -408,7 +405,6 @@ def test_extra_facts_cannot_overwrite_what_loading_needs(tmp_path):
         save_adapter(tmp_path / "a", network, extra={"sites": []})
 
 
-@reported("the message does not say which folder")
 def test_bad_hyperparameters_and_unknown_methods_name_the_folder(saved):
     for method in ({"name": "lorra", "hyperparameters": {}}, {"name": "lora", "hyperparameters": {"rank": -1}}):
         edit(saved, method=method)

@@ -71,15 +71,17 @@ def save_adapter(
     adapters = found.sets[name]
     tensors = {f"parts.{part}.{key}": value for part, module in (parts or {}).items() for key, value in module.state_dict().items()}
     tensors |= adapters.state_dict()
-    config = {
+    own = {
         "format": FORMAT,
         "method": {"name": adapters.method.name, "hyperparameters": adapters.method.hyperparameters()},
         "sites": [site.name for site in adapters.sites],
         "seed": seed,
         "backbone": {**(backbone or {"class": type(network).__name__}), "fingerprint": fingerprint(network, resized)},
         "parts": sorted(parts or {}),
-        **(extra or {}),
     }
+    if clash := own.keys() & (extra or {}).keys():
+        raise ValueError(f"extra holds {', '.join(sorted(clash))}, which the adapter's own description needs")
+    config = {**own, **(extra or {})}
     with staged_folder(folder) as staging:
         save_file({key: value.detach().cpu().contiguous().clone() for key, value in tensors.items()}, staging / WEIGHTS)
         (staging / CONFIG).write_text(json.dumps(config, indent=2) + "\n")
@@ -141,6 +143,11 @@ def load_adapter(
         UserError: one line naming the folder and what does not fit; the network is then as it was.
     """
     config, tensors = read_config(folder), read_tensors(folder)
+    installation = _find(network, missing_ok=True) or Installation(network)
+    if installation.state.merged:
+        raise UserError("adapters are merged into the network: unmerge() before loading others")
+    if name in installation.sets:
+        raise UserError(f"an adapter set named {name!r} is already attached: detach() it or choose another name")
     there = fingerprint(network, resized)
     if config["backbone"]["fingerprint"] != there:
         described = {key: value for key, value in config["backbone"].items() if key != "fingerprint"}
@@ -154,14 +161,14 @@ def load_adapter(
     adapters.initialize(network, config["seed"])
     own = {key: value for key, value in tensors.items() if not key.startswith("parts.")}
     load_strictly(adapters, own, f"{folder}/{WEIGHTS}")
+    undeclared = {key.split(".")[1] for key in tensors if key.startswith("parts.")} - set(config["parts"])
+    if undeclared:
+        raise UserError(f"{folder}/{WEIGHTS}: holds part {min(undeclared)!r}, which {CONFIG} does not declare")
     for part in config["parts"]:
         if part in (parts or {}):
             prefix = f"parts.{part}."
             theirs = {key.removeprefix(prefix): value for key, value in tensors.items() if key.startswith(prefix)}
             load_strictly(parts[part], theirs, f"{folder}/{WEIGHTS} ({part})")
-    installation = _find(network, missing_ok=True) or Installation(network)
-    if name in installation.sets:
-        raise UserError(f"an adapter set named {name!r} is already attached: detach() it or choose another name")
     network.requires_grad_(False)
     return _install(installation, name, adapters)
 
@@ -175,9 +182,15 @@ def read_config(folder: str | os.PathLike[str]) -> dict[str, Any]:
         config = json.loads(path.read_text())
     except ValueError as error:
         raise UserError(f"{path}: not valid JSON ({error})") from error
-    missing = [key for key in ("format", "method", "sites", "seed", "backbone", "parts") if key not in config]
-    if missing:
-        raise UserError(f"{path}: key {missing[0]!r} is missing: not an adapter folder of this project")
+    kinds = {"format": int, "method": dict, "sites": list, "seed": int, "backbone": dict, "parts": list}
+    for key, kind in kinds.items():
+        if not isinstance(config, dict) or key not in config:
+            raise UserError(f"{path}: key {key!r} is missing: not an adapter folder of this project")
+        if not isinstance(config[key], kind):
+            raise UserError(f"{path}: {key} is {config[key]!r}, expected a {kind.__name__}")
+    for key, inner in (("method", "name"), ("method", "hyperparameters"), ("backbone", "fingerprint")):
+        if inner not in config[key]:
+            raise UserError(f"{path}: key {key + '.' + inner!r} is missing: not an adapter folder of this project")
     if config["format"] != FORMAT:
         raise UserError(f"{path}: format {config['format']} is not known to this version (it reads {FORMAT})")
     return config
@@ -207,8 +220,7 @@ def load_strictly(module: nn.Module, tensors: Mapping[str, Tensor], source: str)
 
 
 def _method(folder: str | os.PathLike[str], config: Mapping[str, Any]) -> Any:
-    cls = find_method(config["method"]["name"])
     try:
-        return cls(**config["method"]["hyperparameters"])
-    except TypeError as error:
-        raise UserError(f"{Path(folder) / CONFIG}: hyper-parameters of {cls.name} do not fit ({error})") from error
+        return find_method(config["method"]["name"])(**config["method"]["hyperparameters"])
+    except (TypeError, UserError) as error:
+        raise UserError(f"{Path(folder) / CONFIG}: method {config['method']['name']!r} cannot be made: {error}") from error
