@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -41,6 +42,10 @@ class Backbone(nn.Module, ABC):
     preprocess: Preprocess
     resized: frozenset[str] = frozenset()
     adapted: frozenset[str] = frozenset()
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Backbone:
+        """Moves and casts wait for load(): tensors on the meta device have no values, and Lightning tidies up after an early error."""
+        return self if any(parameter.is_meta for parameter in self.parameters()) else super()._apply(fn, recurse)
 
     @abstractmethod
     def load(self) -> None:

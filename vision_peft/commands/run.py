@@ -54,7 +54,7 @@ class RunCLI(LightningCLI):
         trainer = self._get(self.config_init, "trainer")
         kwargs["default_root_dir"] = folder
         if trainer.get("logger") in (None, True):
-            kwargs["logger"] = [CSVLogger(folder, name="", version=""), TensorBoardLogger(folder, name="", version="tensorboard")]
+            kwargs["logger"] = self._loggers(Path(folder))
         if trainer.get("enable_checkpointing") is not False:
             kwargs["callbacks"] = [*_as_list(trainer.get("callbacks")), _checkpointing(self._get(self.config, "checkpoint_every"))]
         kwargs["plugins"] = [*_as_list(trainer.get("plugins")), AtomicCheckpointIO()]
@@ -62,6 +62,15 @@ class RunCLI(LightningCLI):
             return super().instantiate_trainer(**kwargs)
         except (MisconfigurationException, ValueError) as error:  # Lightning's answers to values that it does not know
             raise UserError(f"trainer: {error}") from error
+
+    def _loggers(self, folder: Path) -> list[CSVLogger | TensorBoardLogger]:
+        """Metrics of fit in the run's folder itself, those of the other commands in sub-folders; nothing earlier is overwritten."""
+        place = "" if self.subcommand == "fit" else self.subcommand
+        earlier = folder / place / "metrics.csv"
+        if earlier.exists() and rank_zero_only.rank == 0:
+            taken = len(list(earlier.parent.glob("metrics-*.csv")))
+            earlier.rename(earlier.with_name(f"metrics-{taken + 1}.csv"))
+        return [CSVLogger(folder, name="", version=place), TensorBoardLogger(folder / place, name="", version="tensorboard")]
 
     def _run_subcommand(self, subcommand: str) -> None:
         """Left to make_cli()."""

@@ -26,6 +26,7 @@ class AtomicCheckpointIO(TorchCheckpointIO):
                 torch.save(checkpoint, file)
                 file.flush()
                 os.fsync(file.fileno())
+            os.chmod(staging, 0o644)  # mkstemp gives 0600
             os.replace(staging, target)
         finally:
             Path(staging).unlink(missing_ok=True)

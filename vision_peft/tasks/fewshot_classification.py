@@ -6,6 +6,7 @@ import csv
 from pathlib import Path
 from typing import Any, Literal
 
+import lightning.pytorch as pl
 import torch
 import torch.nn.functional as F
 from lightning.pytorch.cli import OptimizerCallable
@@ -62,8 +63,11 @@ class FewShotClassification(Task):
 
     # ---- set-up ----
 
+    def prepare(self, trainer: pl.Trainer) -> None:
+        trainer.datamodule.preprocess = self.backbone.preprocess  # every time: a test may bring a data module of its own
+        super().prepare(trainer)
+
     def build(self, data: Any) -> None:
-        data.preprocess = self.backbone.preprocess
         self.class_names = list(data.class_names)
         self.head.build(self.backbone, data.prompts(), self._frozen_features(data) if self.head.needs_features else None)
         self.add_part("head", self.head)
@@ -81,12 +85,17 @@ class FewShotClassification(Task):
     def facts(self) -> dict[str, Any]:
         return {"class_names": self.class_names}
 
-    def on_fit_start(self) -> None:
+    def configure_optimizers(self) -> dict[str, Any]:
+        self._hand_out_hidden_states()  # now: counting the steps of an epoch makes Lightning build the training loader
+        return super().configure_optimizers()
+
+    def _hand_out_hidden_states(self) -> None:
         data = self.trainer.datamodule
         block = self.backbone.first_block(set(self.backbone.adapted))
         if self.cache == "off" or block == 0 or data.train_dataset.views is None:
             return
-        precision, disk = self.trainer.precision_plugin, self.cache == "disk"
+        # without a fingerprint other weights could not be told apart on disk
+        precision, disk = self.trainer.precision_plugin, self.cache == "disk" and self.frozen_fingerprint is not None
         for name in ("train_dataset", "val_dataset") if data.val_records else ("train_dataset",):
             pictures = self._pictures[name] = getattr(data, name)
             setattr(data, name, HiddenStates(pictures, self.backbone, block, self.device, precision, disk, f"{self.frozen_fingerprint}"))
@@ -136,9 +145,9 @@ class FewShotClassification(Task):
 
     def test_step(self, batch: tuple[Tensor, Tensor], batch_idx: int) -> None:
         images, labels = batch
-        logits = self(images).float()
-        self.test_metrics.update(logits, labels)
-        self.confusion.update(logits, labels)
+        probabilities = self(images).float().softmax(1)  # the calibration error takes logits within [0, 1] for probabilities
+        self.test_metrics.update(probabilities, labels)
+        self.confusion.update(probabilities, labels)
 
     def on_test_epoch_end(self) -> None:
         self.log_dict(self.test_metrics.compute())

@@ -45,12 +45,14 @@ class FrozenFeatures:
 
     def nearest_mean(self) -> tuple[Tensor, Tensor]:
         """W (C, D), b (C,) of the classifier of Gaussian classes with one common variance, with logits of moderate size."""
-        means = self.means()
+        means, seen = self.means(), self.labels.unique()
         variance = (self.features - means[self.labels]).square().mean().clamp(min=1e-8)
-        centre = means.mean(0)
+        centre = means[seen].mean(0)
         # the D values of a feature are correlated: taken as independent they would give logits in the hundreds
-        weight = (means - centre) / (variance * self.features.shape[1] ** 0.5)
-        return weight, -(weight * (means + centre)).sum(1) / 2
+        slopes = (means - centre)[seen] / (variance * self.features.shape[1] ** 0.5)
+        weight, bias = torch.zeros_like(means), torch.full((self.classes,), -1e2)  # a class without pictures is never predicted
+        weight[seen], bias[seen] = slopes, -(slopes * (means[seen] + centre)).sum(1) / 2
+        return weight, bias
 
     def logistic_regression(self, strength: float = 1.0) -> tuple[Tensor, Tensor]:
         """W (C, D), b (C,) of multinomial logistic regression on standardised features, l2-regularised by 1 / strength."""

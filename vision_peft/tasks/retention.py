@@ -16,7 +16,6 @@ class ZeroShotRetention(pl.Callback):
 
     Args:
         data: another set, with its own classes and prompt template.
-        scale: factor of the cosine; does not change top-1.
     """
 
     def __init__(self, data: pl.LightningDataModule) -> None:
