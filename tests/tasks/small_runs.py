@@ -33,6 +33,9 @@ def vit(seed: int = 0, name: str = "test_vit") -> Vit:
     with torch.random.fork_rng():
         torch.manual_seed(seed)
         backbone.load()
+        for parameter in backbone.network.parameters():
+            if not parameter.any():  # timm starts residual branches of a ResNet at zero, which would hide their layers
+                nn.init.normal_(parameter, std=0.3)
     return backbone
 
 
@@ -46,6 +49,8 @@ def clip(folder: Path) -> Clip:
         backbone.load()
         for parameter in backbone.network.parameters():  # open_clip starts biases at 0 and leaves some tensors uninitialised
             nn.init.normal_(parameter, mean=1.0 if parameter.ndim == 1 else 0.0, std=0.1)
+        nn.init.normal_(backbone.network.visual.conv1.weight)  # pictures must differ by more than they share
+        nn.init.normal_(backbone.network.token_embedding.weight)
     return backbone
 
 

@@ -6,26 +6,22 @@ import json
 import os
 import warnings
 from collections.abc import Sequence
-from copy import deepcopy
-from dataclasses import replace
 from pathlib import Path
-from typing import Any, ClassVar, Literal
+from typing import Any, Literal
 
 import open_clip
 import torch
-from open_clip import CLIP, CoCa, CustomTextCLIP
 from open_clip.pretrained import download_pretrained_from_hf
-from open_clip.timm_model import TimmModel
 from open_clip.transform import PreprocessCfg, merge_preprocess_dict
-from open_clip.transformer import TextTransformer, VisionTransformer
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.utils.checkpoint import checkpoint
 
 from vision_peft.backbones.base import Backbone, Preprocess
+from vision_peft.backbones.clip_network import CutVisionTransformer, build, load_weights, one_line, resize, side_of
+from vision_peft.backbones.clip_sites import AFTER_BLOCKS, POSITIONS, name_clip_sites
 from vision_peft.backbones.clip_text import Remembered, ShortTextCLIP, ShortTextTransformer, computed_once, tokenizer
-from vision_peft.backbones.timm_sites import name_sites, trace
-from vision_peft.engine.site import Role, Site, enumerate_sites, renamer
+from vision_peft.engine.site import Site
 from vision_peft.errors import UserError, nearest
 
 HUB = "hf-hub:"  # open_clip's prefix of a Hugging Face repository that holds both config and weights
@@ -79,11 +75,11 @@ class Clip(Backbone):
             _check_image_size(self.name, self._config["vision_cfg"], image_size, weights)
             self._config["vision_cfg"]["image_size"] = image_size
 
-        self.network, self._sites = _outline(self.name, self._config, image_size)
+        self.network, self._sites = outline(self.name, self._config, image_size)
         self.num_features = self._config["embed_dim"]
         transform = merge_preprocess_dict(merge_preprocess_dict(PreprocessCfg(), transform), self._tag)
-        self.preprocess = Preprocess(_side(self.network), tuple(transform["mean"]), tuple(transform["std"]), transform["interpolation"])
-        self.resized = _POSITIONS & self.network.state_dict().keys()
+        self.preprocess = Preprocess(side_of(self.network), tuple(transform["mean"]), tuple(transform["std"]), transform["interpolation"])
+        self.resized = POSITIONS & self.network.state_dict().keys()
         self._remembered: Remembered | None = None
         self.train(self.training)
 
@@ -93,10 +89,10 @@ class Clip(Backbone):
         source = self._weights_source()
         if source is None:
             warnings.warn(f"Clip {self.name}: no weights given, the network starts from random values", stacklevel=2)
-        network = _build(self._config)
+        network = build(self._config)
         if source is not None:
-            _load_weights(network, source, self.name)
-        _resize(network, self._resize_to)
+            load_weights(network, source, self.name)
+        resize(network, self._resize_to)
         self.network = network.requires_grad_(False)
         self._remembered = None
         self.train(self.training)  # the new network takes over the mode of the outline
@@ -118,7 +114,7 @@ class Clip(Backbone):
                 return download_pretrained_from_hf(self.name.removeprefix(HUB))
         except Exception as error:  # urllib, huggingface_hub and open_clip each raise their own
             what = f"{self.name} {self.weights}" if self._tag else self.name
-            raise UserError(f"backbone.weights: {what} could not be downloaded: {_one_line(error)}") from error
+            raise UserError(f"backbone.weights: {what} could not be downloaded: {one_line(error)}") from error
         return self.weights
 
     # ---- images ----
@@ -137,7 +133,7 @@ class Clip(Backbone):
     def _block(self, target: str) -> int:
         tower, _, rest = target.partition(".")
         part = rest.split(".")[0]
-        if tower != "vision" or part in _AFTER_BLOCKS:
+        if tower != "vision" or part in AFTER_BLOCKS:
             return self.num_blocks
         return min(int(part), self.num_blocks) if part.isdigit() else 0
 
@@ -154,7 +150,7 @@ class Clip(Backbone):
         try:
             encode = tokenizer(self._config["text_cfg"])
         except OSError as error:
-            raise UserError(f"tokenizer {self._config['text_cfg']['hf_tokenizer_name']} of {self.name}: {_one_line(error)}") from error
+            raise UserError(f"tokenizer {self._config['text_cfg']['hf_tokenizer_name']} of {self.name}: {one_line(error)}") from error
         tokens = encode(list(prompts))
         tower = getattr(self.network, "text", self.network)
         return tokens[:, : tower.needed(tokens)] if isinstance(tower, (ShortTextCLIP, ShortTextTransformer)) else tokens
@@ -201,7 +197,7 @@ class Clip(Backbone):
 
     def describe(self) -> dict[str, Any]:
         return {
-            "class": f"{type(self).__module__}.{type(self).__qualname__}",
+            "class": type(self).__name__,
             "name": self.name,
             "weights": self.weights,
             "config": self.config,
@@ -210,90 +206,18 @@ class Clip(Backbone):
         }
 
 
-# ---- open_clip's classes with what they lack here ----
-
-
-class CutVisionTransformer(VisionTransformer):
-    """The vision tower in two parts, as methods of the module that owns the class token, the position table and `proj`."""
-
-    calls: ClassVar = ("forward", "forward_intermediates", "prefix", "suffix")  # the methods that read the tensors it owns itself
-
-    def prefix(self, images: Tensor, block: int) -> Tensor:
-        return self._run(self._embeds(images), 0, block)
-
-    def suffix(self, hidden: Tensor, block: int) -> Tensor:
-        pooled, _ = self._pool(self._run(hidden, block, self.transformer.layers))
-        return pooled @ self.proj
-
-    def _run(self, x: Tensor, start: int, stop: int) -> Tensor:
-        for block in list(self.transformer.resblocks)[start:stop]:
-            x = checkpoint(block, x, use_reentrant=False) if self.transformer.grad_checkpointing else block(x)
-        return x
-
-
-class ScaledCustomTextCLIP(CustomTextCLIP):
-    calls: ClassVar = ("forward", "get_logits", "forward_intermediates", "learned_scale")
-
-    def learned_scale(self) -> Tensor:
-        return self.logit_scale.exp()
-
-
-class ScaledCoCa(CoCa):
-    calls: ClassVar = ("forward", "forward_intermediates", "learned_scale")
-
-    def learned_scale(self) -> Tensor:
-        return self.logit_scale.exp()
-
-
-_EXTENDED: dict[type[nn.Module], type[nn.Module]] = {
-    CLIP: ShortTextCLIP,
-    CustomTextCLIP: ScaledCustomTextCLIP,
-    CoCa: ScaledCoCa,
-    TextTransformer: ShortTextTransformer,
-    VisionTransformer: CutVisionTransformer,
-}
-
-
-# ---- building and loading ----
-
-
-def _outline(name: str, config: dict[str, Any], image_size: int | None) -> tuple[nn.Module, list[Site]]:
+def outline(name: str, config: dict[str, Any], image_size: int | None) -> tuple[nn.Module, list[Site]]:
     """The network on the meta device and the sites in it."""
     try:
         with torch.device("meta"):
-            network = _build(config)
-            _resize(network, image_size)
-            return network, _name_sites(network, _side(network))
+            network = build(config)
+            resize(network, image_size)
+            return network, name_clip_sites(network, side_of(network))
     except UserError:
         raise
     except Exception as error:  # a misspelt key, an impossible size, a Hugging Face text tower whose config is not in the cache
         size = "" if image_size is None else f" with image_size {image_size}"
-        raise UserError(f"backbone {name} cannot be built{size}: {_one_line(error)}") from error
-
-
-def _build(config: dict[str, Any]) -> nn.Module:
-    """The network of an open_clip model config with random values, on the current default device.
-
-    As open_clip.create_model, which would also log through (and so configure) the root logger and could take own configs only
-    by way of its process-wide registry. What regularises training from scratch is off: a frozen tower always sees the same.
-    """
-    config = deepcopy(config)
-    vision, text = config["vision_cfg"], config["text_cfg"]
-    custom = config.pop("custom_text", False) or bool(text.get("hf_model_name"))
-    kind = CLIP if not custom else CoCa if "multimodal_cfg" in config else CustomTextCLIP
-    vision |= {"timm_model_pretrained": False, "timm_drop": 0.0, "timm_drop_path": None, "patch_dropout": 0.0}
-    text |= {"hf_model_pretrained": False}
-    network = kind(**config)
-    for module in network.modules():
-        module.__class__ = _EXTENDED.get(type(module), type(module))
-    return network.requires_grad_(False)
-
-
-def _load_weights(network: nn.Module, source: str, name: str) -> None:
-    try:
-        open_clip.load_checkpoint(network, source, strict=True, weights_only=True)
-    except Exception as error:  # torch, pickle, zipfile and safetensors each raise their own for a damaged or foreign file
-        raise UserError(f"{source} cannot be loaded as {name}: {_one_line(error)}") from error
+        raise UserError(f"backbone {name} cannot be built{size}: {one_line(error)}") from error
 
 
 def _read_config(name: str, path: str | None) -> tuple[dict[str, Any], dict[str, Any]]:
@@ -309,7 +233,7 @@ def _read_config(name: str, path: str | None) -> tuple[dict[str, Any], dict[str,
         config = content.get("model_cfg", content)
         missing = {"embed_dim", "vision_cfg", "text_cfg"} - config.keys()
     except (OSError, ValueError, AttributeError) as error:
-        raise UserError(f"model config {path or name}: {_one_line(error)}") from error
+        raise UserError(f"model config {path or name}: {one_line(error)}") from error
     if missing:
         raise UserError(f"model config {path}: no {', '.join(sorted(missing))}")
     return config, content.get("preprocess_cfg", {})
@@ -333,93 +257,3 @@ def _check_image_size(name: str, vision: dict[str, Any], size: int, weights: str
     elif size < patch or size % patch:
         below = max(size // patch * patch, patch)
         raise UserError(f"backbone.image_size: {size} is not a multiple of {name}'s patch size {patch}; try {below} or {below + patch}")
-
-
-def _resize(network: nn.Module, size: int | None) -> None:
-    """timm towers are built, and loaded, at their own size first; open_clip's own resize the position table while loading."""
-    if size is not None and isinstance(network.visual, TimmModel):
-        network.visual.set_input_size(size)
-
-
-def _side(network: nn.Module) -> int:
-    size = network.visual.image_size
-    height, width = size if isinstance(size, (tuple, list)) else (size, size)
-    if height != width:
-        raise UserError(f"image size {height} x {width}: only square ones are supported")
-    return height
-
-
-def _one_line(error: Exception) -> str:
-    text = " ".join(str(error).split()) or type(error).__name__
-    return text if len(text) <= 300 else text[:297] + "..."
-
-
-# ---- names of tensors ----
-
-_RULES: list[tuple[str, str]] = [
-    (r"visual\.conv1", "vision.patch_embed"),
-    (r"visual\.ln_pre", "vision.norm_pre"),
-    (r"visual\.ln_post", "vision.norm"),
-    (r"visual\.head\.proj", "vision.proj"),
-    (r"visual\.transformer\.resblocks\.(\d+)\.mlp\.c_fc", r"vision.\1.mlp.fc1"),
-    (r"visual\.transformer\.resblocks\.(\d+)\.mlp\.c_proj", r"vision.\1.mlp.fc2"),
-    (r"visual\.transformer\.resblocks\.(\d+)\.ln_([12])", r"vision.\1.norm\2"),
-    (r"visual\.transformer\.resblocks\.(\d+)\.(.+)", r"vision.\1.\2"),
-    (r"visual\.(.+)", r"vision.\1"),
-    (r"(?:text\.)?token_embedding", "text.token_embed"),
-    (r"(?:text\.)?ln_final", "text.norm"),
-    (r"(?:text\.)?text_projection", "text.projection"),
-    (r"(?:text\.)?transformer\.resblocks\.(\d+)\.mlp\.c_fc", r"text.\1.mlp.fc1"),
-    (r"(?:text\.)?transformer\.resblocks\.(\d+)\.mlp\.c_proj", r"text.\1.mlp.fc2"),
-    (r"(?:text\.)?transformer\.resblocks\.(\d+)\.ln_([12])", r"text.\1.norm\2"),
-    (r"(?:text\.)?transformer\.resblocks\.(\d+)\.(.+)", r"text.\1.\2"),
-]
-
-_BARE: dict[str, tuple[str, Role]] = {  # by state_dict key: what a tower or the root owns itself
-    "visual.class_embedding": ("vision.class_embedding", "other"),
-    "visual.positional_embedding": ("vision.pos_embed", "other"),
-    "visual.proj": ("vision.proj", "weight"),
-    "visual.attnpool.positional_embedding": ("vision.attnpool.pos_embed", "other"),
-    "visual.trunk.cls_token": ("vision.class_embedding", "other"),
-    "visual.trunk.pos_embed": ("vision.pos_embed", "other"),
-    "positional_embedding": ("text.pos_embed", "other"),
-    "text_projection": ("text.projection", "weight"),
-    "text.cls_emb": ("text.class_embedding", "other"),
-    "text.positional_embedding": ("text.pos_embed", "other"),
-    "text.text_projection": ("text.projection", "weight"),
-    "logit_scale": ("logit_scale", "other"),
-    "logit_bias": ("logit_bias", "other"),
-}
-
-_POSITIONS = frozenset({"visual.positional_embedding", "visual.attnpool.positional_embedding", "visual.trunk.pos_embed"})
-
-_AFTER_BLOCKS = frozenset({"norm", "proj", "attn_pool", "attn_pool_contrastive"})  # of the vision tower
-
-
-def _name_sites(network: nn.Module, image_size: int) -> list[Site]:
-    """Every parameter of a network of the meta device: open_clip's own towers by the rules above, the rest as Vit names it."""
-    calls = {path: module.calls for path, module in network.named_modules() if type(module) in _EXTENDED.values()}
-    foreign = _foreign_sites(network.visual, image_size)
-    own = enumerate_sites(network, renamer(_RULES), calls=calls)
-    return [_bare(named) for site in own for named in foreign.get(site.path, [site])]
-
-
-def _foreign_sites(visual: nn.Module, image_size: int) -> dict[str, list[Site]]:
-    """Sites by state_dict key of a vision tower, or the part of one, that is not open_clip's transformer."""
-    if isinstance(visual, VisionTransformer):
-        return {}
-    path, tower = ("visual.trunk", visual.trunk) if isinstance(visual, TimmModel) else ("visual", visual)
-    called, _ = trace(tower, image_size)
-    sites: dict[str, list[Site]] = {}
-    for site in name_sites(tower, called, ("forward",)):
-        site = replace(site, reader=f"{path}.{site.reader}" if site.reader else path)
-        sites.setdefault(site.path, []).append(site)
-    return sites
-
-
-def _bare(site: Site) -> Site:
-    """The site, with the canonical name and role of its tensor if no layer owns that."""
-    if site.path not in _BARE:
-        return site
-    name, role = _BARE[site.path]
-    return replace(site, name=name, target=name, role=role, kind="bare" if role == "weight" else "vector")

@@ -38,21 +38,21 @@ def resolve(targets: str | Sequence[str], sites: Sequence[Site], method: Method)
             `vision.pos_embed`. `*` also matches dots.
 
     Raises:
-        UserError: for a pattern that matches nothing (names the nearest layers), or matches no tensor of the method's roles.
+        UserError: for a pattern that matches nothing (names the nearest layers), or where none of them matches a tensor of the method's roles.
     """
     wanted = [targets] if isinstance(targets, str) else list(targets)
     if not wanted:
         raise UserError("adapter.targets is empty: give a preset or a pattern")
-    chosen: set[str] = set()
+    matched: dict[str, Site] = {}
     for pattern in wanted:
-        matched = [site for site in sites if _matches(pattern, site)]
-        if not matched:
+        found = [site for site in sites if _matches(pattern, site)]
+        if not found:
             raise UserError(_no_match(pattern, sites))
-        fitting = [site.name for site in matched if site.role in method.roles]
-        if not fitting:
-            kinds = " or ".join(method.roles)
-            raise UserError(f"adapter.targets: {pattern!r} matches {len(matched)} tensors, but {method.name} adapts {kinds} tensors only")
-        chosen.update(fitting)
+        matched |= {site.name: site for site in found}
+    chosen = {name for name, site in matched.items() if site.role in method.roles}
+    if not chosen:
+        kinds, patterns = " or ".join(method.roles), ", ".join(map(repr, wanted))
+        raise UserError(f"adapter.targets: {patterns} matches {len(matched)} tensors, but {method.name} adapts {kinds} tensors only")
     return [site for site in sites if site.name in chosen]
 
 

@@ -1,0 +1,101 @@
+"""open_clip's networks with what they lack here (a tower in two parts, short prompts), built and loaded without its global state."""
+
+from __future__ import annotations
+
+from copy import deepcopy
+from typing import Any, ClassVar
+
+import open_clip
+from open_clip import CLIP, CoCa, CustomTextCLIP
+from open_clip.timm_model import TimmModel
+from open_clip.transformer import TextTransformer, VisionTransformer
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+
+from vision_peft.backbones.clip_text import ShortTextCLIP, ShortTextTransformer
+from vision_peft.errors import UserError
+
+
+class CutVisionTransformer(VisionTransformer):
+    """The vision tower in two parts, as methods of the module that owns the class token, the position table and `proj`."""
+
+    calls: ClassVar = ("forward", "forward_intermediates", "prefix", "suffix")  # the methods that read the tensors it owns itself
+
+    def prefix(self, images: Tensor, block: int) -> Tensor:
+        return self._run(self._embeds(images), 0, block)
+
+    def suffix(self, hidden: Tensor, block: int) -> Tensor:
+        pooled, _ = self._pool(self._run(hidden, block, self.transformer.layers))
+        return pooled @ self.proj
+
+    def _run(self, x: Tensor, start: int, stop: int) -> Tensor:
+        for block in list(self.transformer.resblocks)[start:stop]:
+            x = checkpoint(block, x, use_reentrant=False) if self.transformer.grad_checkpointing else block(x)
+        return x
+
+
+class ScaledCustomTextCLIP(CustomTextCLIP):
+    calls: ClassVar = ("forward", "get_logits", "forward_intermediates", "learned_scale")
+
+    def learned_scale(self) -> Tensor:
+        return self.logit_scale.exp()
+
+
+class ScaledCoCa(CoCa):
+    calls: ClassVar = ("forward", "forward_intermediates", "learned_scale")
+
+    def learned_scale(self) -> Tensor:
+        return self.logit_scale.exp()
+
+
+EXTENDED: dict[type[nn.Module], type[nn.Module]] = {
+    CLIP: ShortTextCLIP,
+    CustomTextCLIP: ScaledCustomTextCLIP,
+    CoCa: ScaledCoCa,
+    TextTransformer: ShortTextTransformer,
+    VisionTransformer: CutVisionTransformer,
+}
+
+
+def build(config: dict[str, Any]) -> nn.Module:
+    """The network of an open_clip model config with random values, on the current default device.
+
+    As open_clip.create_model, which would also log through (and so configure) the root logger and could take own configs only
+    by way of its process-wide registry. What regularises training from scratch is off: a frozen tower always sees the same.
+    """
+    config = deepcopy(config)
+    vision, text = config["vision_cfg"], config["text_cfg"]
+    custom = config.pop("custom_text", False) or bool(text.get("hf_model_name"))
+    kind = CLIP if not custom else CoCa if "multimodal_cfg" in config else CustomTextCLIP
+    vision |= {"timm_model_pretrained": False, "timm_drop": 0.0, "timm_drop_path": None, "patch_dropout": 0.0}
+    text |= {"hf_model_pretrained": False}
+    network = kind(**config)
+    for module in network.modules():
+        module.__class__ = EXTENDED.get(type(module), type(module))
+    return network.requires_grad_(False)
+
+
+def load_weights(network: nn.Module, source: str, name: str) -> None:
+    try:
+        open_clip.load_checkpoint(network, source, strict=True, weights_only=True)
+    except Exception as error:  # torch, pickle, zipfile and safetensors each raise their own for a damaged or foreign file
+        raise UserError(f"{source} cannot be loaded as {name}: {one_line(error)}") from error
+
+
+def resize(network: nn.Module, size: int | None) -> None:
+    """timm towers are built, and loaded, at their own size first; open_clip's own resize the position table while loading."""
+    if size is not None and isinstance(network.visual, TimmModel):
+        network.visual.set_input_size(size)
+
+
+def side_of(network: nn.Module) -> int:
+    size = network.visual.image_size
+    height, width = size if isinstance(size, (tuple, list)) else (size, size)
+    if height != width:
+        raise UserError(f"image size {height} x {width}: only square ones are supported")
+    return height
+
+
+def one_line(error: Exception) -> str:
+    text = " ".join(str(error).split()) or type(error).__name__
+    return text if len(text) <= 300 else text[:297] + "..."
