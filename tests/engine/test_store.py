@@ -15,8 +15,9 @@ from torch import nn
 
 from vision_peft.engine import store
 from vision_peft.engine.adapter import method_names
+from vision_peft.engine.fingerprint import fingerprint
 from vision_peft.engine.install import activate, attach, detach, installed, merge, unmerge
-from vision_peft.engine.store import fingerprint, load_adapter, load_strictly, read_config, save_adapter
+from vision_peft.engine.store import load_adapter, load_strictly, read_config, save_adapter
 from vision_peft.errors import UserError
 
 

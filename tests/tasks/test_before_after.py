@@ -11,6 +11,7 @@ import torch.nn.functional as F
 from lightning.pytorch.loggers import CSVLogger
 from small_runs import adam, clip, digits, fit, lora, trainer, vit
 
+from vision_peft.engine.callback import AdapterCallback
 from vision_peft.engine.install import adapters_off
 from vision_peft.engine.store import read_config
 from vision_peft.errors import UserError
@@ -47,9 +48,7 @@ def test_before_and_after(tmp_path, capsys):
     found, printed = logged(tmp_path), capsys.readouterr().out
     after = plain_accuracy(task, data)
     fresh = FewShotClassification(vit(), LinearHead("class_means"))
-    trainer(tmp_path / "fresh", []).validate(fresh, datamodule=digits(shots=4), verbose=False)
-    plain = fit(tmp_path / "zero", fresh := FewShotClassification(vit(), LinearHead("class_means")), digits(shots=4), max_steps=0)
-    assert plain.adapters is None
+    fit(tmp_path / "zero", fresh, digits(shots=4), max_steps=0)
     before = plain_accuracy(fresh, data)
     assert found["before/accuracy"] == pytest.approx(before, abs=1e-6)
     assert found["after/accuracy"] == pytest.approx(after, abs=1e-6)
@@ -79,8 +78,6 @@ def test_a_resumed_run_keeps_its_first_figure(callback):
 
 
 def test_a_resumed_run_does_not_measure_before_again(tmp_path):
-    from vision_peft.engine.callback import AdapterCallback
-
     def parts():
         task = FewShotClassification(vit(), LinearHead("class_means"), optimizer=adam())
         return task, [AdapterCallback(lora()), BeforeAfter()]
@@ -111,10 +108,11 @@ def test_retention_without_training_loses_nothing(tmp_path, capsys):
 
 
 def test_retention_after_training(tmp_path):
-    task = FewShotClassification(clip(tmp_path), TextHead(), optimizer=adam(0.05))
+    # random towers all but predict one class: only steps this large change what they say
+    task = FewShotClassification(clip(tmp_path), TextHead(), optimizer=adam(1.0))
     second = digits(shots=1, template="the number {}.")
     options = {"callbacks": [ZeroShotRetention(second)], "logger": CSVLogger(tmp_path, name="", version="")}
-    fit(tmp_path, task, digits(shots=4), lora(), "qkv", max_steps=12, **options)
+    fit(tmp_path, task, digits(shots=4), lora(), "attn+mlp", max_steps=6, **options)
     found = logged(tmp_path)
     with adapters_off(task.backbone.network):
         before = zero_shot(task.backbone, second)

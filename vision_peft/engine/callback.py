@@ -13,7 +13,7 @@ from lightning.pytorch.utilities import rank_zero_info, rank_zero_only
 from vision_peft.engine.adapter import Clock, Method
 from vision_peft.engine.evidence import collect
 from vision_peft.engine.install import AdapterSet, attach, installed
-from vision_peft.engine.store import fingerprint, save_adapter
+from vision_peft.engine.store import save_adapter
 from vision_peft.engine.targets import resolve, table
 from vision_peft.errors import UserError
 
@@ -49,8 +49,6 @@ class AdapterCallback(pl.Callback):
     def setup(self, trainer: pl.Trainer, task: Any, stage: str) -> None:
         task.prepare(trainer)
         network = task.backbone.network
-        if task.frozen_fingerprint is None:
-            task.frozen_fingerprint = fingerprint(network, task.backbone.resized)
         if self.method is None or installed(network):
             return
         sites = resolve(self.targets, task.backbone.sites(), self.method)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
 import os
 import shutil
@@ -12,12 +11,12 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from vision_peft.engine.adapter import find_method
+from vision_peft.engine.fingerprint import fingerprint
 from vision_peft.engine.install import AdapterSet, Installation, _find, _install, _known
 from vision_peft.engine.site import Site, enumerate_sites
 from vision_peft.engine.targets import fused_qkv
@@ -25,22 +24,6 @@ from vision_peft.errors import UserError
 
 WEIGHTS, CONFIG, CARD = "adapter_model.safetensors", "adapter_config.json", "README.md"
 FORMAT = 1
-
-
-def fingerprint(network: nn.Module, resized: frozenset[str] = frozenset()) -> str:
-    """SHA-256 over names, shapes and bytes of the frozen network's state, without the tables that depend on the image size.
-
-    Adapters that are merged at the moment do not change it.
-    """
-    found = _find(network, missing_ok=True)
-    saved = found.saved if found else {}
-    digest = hashlib.sha256()
-    for key, tensor in sorted(network.state_dict().items()):
-        if key not in resized:
-            value = saved.get(key, tensor).detach().cpu().contiguous()
-            digest.update(f"{key}{tuple(value.shape)}{value.dtype}".encode())
-            digest.update(value.reshape(-1).view(torch.uint8).numpy())
-    return digest.hexdigest()
 
 
 def save_adapter(

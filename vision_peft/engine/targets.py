@@ -38,7 +38,7 @@ def resolve(targets: str | Sequence[str], sites: Sequence[Site], method: Method)
             `vision.pos_embed`. `*` also matches dots.
 
     Raises:
-        UserError: for a pattern that matches nothing (names the nearest layers), or where none of them matches a tensor of the method's roles.
+        UserError: for a pattern that matches nothing (names the nearest layers), or where none matches a tensor of the method's roles.
     """
     wanted = [targets] if isinstance(targets, str) else list(targets)
     if not wanted:

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from torch.optim.lr_scheduler import CosineAnnealingLR, LinearLR, LRScheduler, SequentialLR
 
 from vision_peft.backbones.base import Backbone
+from vision_peft.engine.fingerprint import fingerprint
 from vision_peft.errors import UserError
 
 
@@ -54,6 +55,7 @@ class Task(pl.LightningModule):
         """Load the backbone and build the parts, once, before anything is put on the backbone."""
         if not self._prepared:
             self.backbone.load()
+            self.frozen_fingerprint = fingerprint(self.backbone.network, self.backbone.resized)
             self.build(trainer.datamodule)
             self._prepared = True
 

@@ -94,12 +94,14 @@ class FewShotClassification(Task):
         block = self.backbone.first_block(set(self.backbone.adapted))
         if self.cache == "off" or block == 0 or data.train_dataset.views is None:
             return
-        # without a fingerprint other weights could not be told apart on disk
-        precision, disk = self.trainer.precision_plugin, self.cache == "disk" and self.frozen_fingerprint is not None
         for name in ("train_dataset", "val_dataset") if data.val_records else ("train_dataset",):
             pictures = self._pictures[name] = getattr(data, name)
-            setattr(data, name, HiddenStates(pictures, self.backbone, block, self.device, precision, disk, f"{self.frozen_fingerprint}"))
+            setattr(data, name, self._hidden_states(pictures, block))
         self._cut = block
+
+    def _hidden_states(self, pictures: Any, block: int) -> HiddenStates:
+        precision, disk = self.trainer.precision_plugin, self.cache == "disk"
+        return HiddenStates(pictures, self.backbone, block, self.device, precision, disk, self.frozen_fingerprint)
 
     @torch.no_grad()
     def _frozen_features(self, data: Any) -> FrozenFeatures | None:
@@ -109,7 +111,12 @@ class FewShotClassification(Task):
         training = self.backbone.training
         self.backbone.eval()
         pictures = data.plain_train_dataset()
-        features = torch.cat([self.backbone(images) for images, _ in DataLoader(pictures, batch_size=64)])
+        with self.trainer.precision_plugin.forward_context():
+            if self.cache == "disk" and self.backbone.num_blocks:  # methods compared on the same pictures compute this once
+                states = DataLoader(self._hidden_states(pictures, self.backbone.num_blocks), batch_size=64)
+                features = torch.cat([self.backbone.suffix(hidden, self.backbone.num_blocks) for hidden, _ in states])
+            else:
+                features = torch.cat([self.backbone(images) for images, _ in DataLoader(pictures, batch_size=64)])
         self.backbone.train(training)
         return FrozenFeatures(features, torch.tensor([record.label for record in pictures.records]), len(self.class_names))
 
