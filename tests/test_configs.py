@@ -52,9 +52,8 @@ def parse(monkeypatch, *words: str) -> dict:
 
 def finished(cli: RunCLI, folder: Path) -> None:
     assert cli.trainer.global_step == 2
-    assert {"config.yaml", "metrics.csv", "checkpoints"} <= {path.name for path in folder.iterdir()}
-    held = torch.load(folder / "checkpoints" / "last.ckpt", weights_only=True)
-    assert held["global_step"] == 2, "the last checkpoint is not the state at the end of the run"
+    assert (folder / "config.yaml").is_file()
+    assert list((folder / "tensorboard").iterdir())
 
 
 # ---- what there is ----
@@ -111,14 +110,17 @@ def test_method_runs(name, tmp_path):
 
 def test_fewshot_vit_runs(tmp_path):
     finished(run(tmp_path / "run", "--config", VIT, *TINY, *LAST), tmp_path / "run")
+    assert (tmp_path / "run" / "metrics.csv").is_file()
     stored = read_config(tmp_path / "run" / "adapter")
     assert stored["metrics"].keys() >= {"before/accuracy", "after/accuracy", "train/loss"}
 
 
 def test_fewshot_clip_runs(tmp_path):
     (tmp_path / "tiny.json").write_text(json.dumps(TINY_CLIP))
-    words = ["--model.backbone.config", str(tmp_path / "tiny.json"), "--model.backbone.weights", "null", *SHORT.split()]
-    cli = run(tmp_path / "run", "--config", str(FILES["task/fewshot_clip.yaml"]), *words)
+    small = {"model": {"init_args": {"backbone": {"init_args": {"config": str(tmp_path / "tiny.json"), "weights": None}}}}}
+    (tmp_path / "small.yaml").write_text(yaml.safe_dump(small))
+    words = ["--config", str(FILES["task/fewshot_clip.yaml"]), "--config", str(tmp_path / "small.yaml"), *SHORT.split()]
+    cli = run(tmp_path / "run", *words)
     finished(cli, tmp_path / "run")
     stored = read_config(tmp_path / "run" / "adapter")
     assert len(stored["sites"]) == 2 * 2 * 3  # q, k, v of two blocks of both towers
@@ -140,6 +142,13 @@ def test_quickstart_as_it_stands(tmp_path, capsys):
     assert 0.70 < metrics["before/accuracy"] < 0.85
     assert 0.85 < metrics["after/accuracy"] < 0.97
     assert "run folder:" in capsys.readouterr().out
+
+
+def test_the_last_checkpoint_is_the_end_of_the_run(tmp_path):
+    """What README and the headers hand to `test` and `predict`, also where checkpoint_every (here 50) does not divide the steps."""
+    run(tmp_path / "run", "--config", VIT, *TINY, *LAST)
+    held = torch.load(tmp_path / "run" / "checkpoints" / "last.ckpt", weights_only=True)
+    assert held["global_step"] == 2
 
 
 # ---- trainers ----

@@ -123,7 +123,8 @@ def test_tasks_know_no_adapter_and_adapters_no_task():
 def test_the_scan_sees_an_import_that_goes_up(tmp_path):
     """Guards the tests above: inside a function, as a whole module, and by name."""
     file = tmp_path / "bad.py"
-    file.write_text("import vision_peft.tasks.base\ndef f():\n    from vision_peft.engine import install\n    from vision_peft import data\n")
+    lines = ["import vision_peft.tasks.base", "def f():", "    from vision_peft.engine import install", "    from vision_peft import data"]
+    file.write_text("\n".join(lines))
     assert own(file) == ["vision_peft.tasks.base", "vision_peft.engine.install", "vision_peft.data"]
 
 

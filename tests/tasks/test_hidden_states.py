@@ -168,11 +168,11 @@ def stored() -> list[Path]:
 
 
 def test_a_second_run_reads_the_states(tmp_path, computed):
-    first, _, _ = run(tmp_path / "a", "disk")
+    first, _, _ = run(tmp_path / "a", "disk", head=LinearHead("zeros"))
     assert computed == [20, 20]  # training pictures, and as many for validation
     assert len(stored()) == 2
     assert all(path.suffix == ".safetensors" for path in stored())
-    second, _, _ = run(tmp_path / "b", "disk")
+    second, _, _ = run(tmp_path / "b", "disk", head=LinearHead("zeros"))
     assert computed == [20, 20]
     for key, value in trained(first).items():
         assert torch.equal(trained(second)[key], value), key
@@ -201,23 +201,34 @@ def folder_of_pictures(root: Path) -> FewShotImages:
 
 
 def test_a_rewritten_picture_is_noticed(tmp_path, computed):
-    run(tmp_path / "a", "disk", data=folder_of_pictures(tmp_path / "set"))
-    run(tmp_path / "b", "disk", data=folder_of_pictures(tmp_path / "set"))
+    run(tmp_path / "a", "disk", head=LinearHead("zeros"), data=folder_of_pictures(tmp_path / "set"))
+    run(tmp_path / "b", "disk", head=LinearHead("zeros"), data=folder_of_pictures(tmp_path / "set"))
     before = len(computed)
     for path in (tmp_path / "set").rglob("*.png"):
         Image.new("RGB", (40, 40), "red").save(path)
-    _, _, watch = run(tmp_path / "c", "disk", data=folder_of_pictures(tmp_path / "set"))
+    _, _, watch = run(tmp_path / "c", "disk", head=LinearHead("zeros"), data=folder_of_pictures(tmp_path / "set"))
     assert before == 2
     assert len(computed) == 4
     assert watch.shapes
 
 
-def test_without_a_fingerprint_nothing_is_kept_on_disk(tmp_path):
-    """No adapter callback, so nobody has told which weights these are: two random networks must not share states."""
-    for seed in (0, 1):
+def test_two_random_networks_share_nothing(tmp_path, computed):
+    """Their descriptions are the same; only the fingerprint, here of a task without adapters, tells them apart."""
+    for seed in (0, 1, 0):
         task = FewShotClassification(vit(seed), LinearHead("zeros"), cache="disk")
         trainer(tmp_path, max_steps=1).fit(task, datamodule=digits())
-    assert stored() == []
+    assert len(computed) == len(stored()) == 4
+
+
+def test_the_features_a_head_starts_from_are_kept_too(tmp_path, computed):
+    heads = []
+    for folder in ("a", "b"):
+        task, _, _ = run(tmp_path / folder, "disk", method=lora(), targets=LAST, options={"max_steps": 1})
+        heads.append(task.head.weight)
+    assert computed == [20, 20, 20]  # the head's, training's, validation's
+    assert torch.equal(*heads)
+    plain, _, _ = run(tmp_path / "c", "off", options={"max_steps": 1})
+    torch.testing.assert_close(plain.head.weight, heads[0], rtol=0, atol=1e-5)
 
 
 def test_a_write_that_fails_leaves_no_file(tmp_path, monkeypatch):

@@ -168,6 +168,12 @@ def test_schedule_counts_optimizer_steps_under_accumulation(tmp_path):
     assert len(set(rates.steps["adapter"])) == 4
 
 
+@pytest.mark.parametrize("schedule", ["cosine", "constant"])
+def test_a_run_without_an_end_is_refused(schedule, tmp_path):
+    with pytest.raises(UserError, match="trainer: give max_steps or max_epochs"):
+        run(tmp_path, lora(), steps=-1, max_epochs=-1, schedule=schedule)
+
+
 # ---- penalty ----
 
 

@@ -108,7 +108,10 @@ class Task(pl.LightningModule):
         return {"optimizer": optimizer, **({"lr_scheduler": {"scheduler": scheduler, "interval": "step"}} if scheduler else {})}
 
     def _scheduler(self, optimizer: torch.optim.Optimizer) -> LRScheduler | None:
-        total = int(self.trainer.estimated_stepping_batches)
+        steps = self.trainer.estimated_stepping_batches
+        if steps == float("inf"):
+            raise UserError("trainer: give max_steps or max_epochs; the learning rate and the methods' schedules count towards the end")
+        total = int(steps)
         warmup = min(self.warmup_steps, max(total - 1, 0))
         rise = LinearLR(optimizer, start_factor=0.01, total_iters=warmup) if warmup else None
         if self.schedule == "constant":
