@@ -237,7 +237,7 @@ def test_a_checkpoint_holds_the_parts_alone(tmp_path):
     assert {key.split(".")[0] for key in held["state_dict"]} == {"head", "adapters"}
     assert held["backbone_fingerprint"] == task.frozen_fingerprint
     assert len(task.frozen_fingerprint) == 64
-    assert torch.equal(held["random_state"]["cpu"], torch.get_rng_state())
+    assert torch.equal(held["random_state"][0]["cpu"], torch.get_rng_state())
 
 
 def test_a_checkpoint_comes_back(tmp_path):

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import lightning.pytorch as pl
-from lightning.pytorch.callbacks import LearningRateMonitor, ModelCheckpoint
+from lightning.pytorch.callbacks import LearningRateMonitor
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI, SaveConfigCallback
 from lightning.pytorch.loggers import CSVLogger, TensorBoardLogger
 from lightning.pytorch.utilities import rank_zero_only
@@ -21,7 +21,7 @@ from lightning.pytorch.utilities.exceptions import MisconfigurationException
 
 from vision_peft.commands.config_errors import one_line, users_fault
 from vision_peft.engine.callback import AdapterCallback
-from vision_peft.engine.checkpoint import AtomicCheckpointIO
+from vision_peft.engine.checkpoint import AtomicCheckpointIO, LatestCheckpoint
 from vision_peft.errors import UserError
 from vision_peft.tasks.base import Task
 
@@ -55,8 +55,8 @@ class RunCLI(LightningCLI):
         kwargs["default_root_dir"] = folder
         if trainer.get("logger") in (None, True):
             kwargs["logger"] = self._loggers(Path(folder))
-        if trainer.get("enable_checkpointing") is not False:
-            kwargs["callbacks"] = [*_as_list(trainer.get("callbacks")), _checkpointing(self._get(self.config, "checkpoint_every"))]
+        if self.subcommand == "fit" and trainer.get("enable_checkpointing") is not False:
+            kwargs["callbacks"] = [*_as_list(trainer.get("callbacks")), LatestCheckpoint(self._get(self.config, "checkpoint_every"))]
         kwargs["plugins"] = [*_as_list(trainer.get("plugins")), AtomicCheckpointIO()]
         try:
             return super().instantiate_trainer(**kwargs)
@@ -137,11 +137,6 @@ def _hushed(*names: str) -> Iterator[None]:
     finally:
         for logger, level in zip(loggers, levels):
             logger.setLevel(level)
-
-
-def _checkpointing(steps: int) -> ModelCheckpoint:
-    """One file that always holds the latest state; the last iterate is what the protocols test."""
-    return ModelCheckpoint(filename="last", every_n_train_steps=steps, save_top_k=1, enable_version_counter=False)
 
 
 def _expand_resume(argv: list[str]) -> list[str]:

@@ -30,7 +30,11 @@ class Factored(NamedTuple):
 
 @dataclass
 class Evidence:
-    """What a start may draw on. Gradient and covariance are None unless the method's `evidence` asks for them."""
+    """What a start may draw on.
+
+    Gradient and covariance are None unless the method's `evidence` asks for them, and also while trained values are about to be
+    loaded: initialize() then only has to give every tensor its shape and to recompute what depends on W alone.
+    """
 
     generator: torch.Generator  # private to the site, on the CPU
     gradient: Tensor | None = None  # (out, in): mean gradient of the loss over the calibration batches

@@ -53,7 +53,8 @@ class AdapterCallback(pl.Callback):
             return
         sites = resolve(self.targets, task.backbone.sites(), self.method)
         evidence = self._evidence(trainer, task, sites) if self.method.evidence and stage == "fit" else None
-        self.adapters = attach(network, self.method, self.targets, sites=task.backbone.sites(), seed=self.seed, evidence=evidence)
+        options = {"sites": task.backbone.sites(), "seed": self.seed, "evidence": evidence, "restoring": stage != "fit"}
+        self.adapters = attach(network, self.method, self.targets, **options)
         task.add_part("adapters", self.adapters)
         task.backbone.adapted = frozenset(site.target for site in self.adapters.sites)
         rank_zero_info(f"{self.method!r}\n{table(self.adapters.sites, self.method, collapse=True)}")

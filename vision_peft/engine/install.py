@@ -115,6 +115,7 @@ def attach(
     name: str = "default",
     seed: int = 0,
     evidence: Mapping[str, Evidence] | None = None,
+    restoring: bool = False,
 ) -> AdapterSet:
     """Freeze `network`, put adapters of `method` on the targeted layers, switch them on, and return them.
 
@@ -124,6 +125,7 @@ def attach(
         name: name of this adapter set; a network carries any number of sets, see activate().
         seed: of the private generators that start the adapters.
         evidence: what engine.evidence.collect gathered, for methods that ask for it.
+        restoring: trained values will be loaded next, so no evidence is needed.
     """
     installation = _find(network, missing_ok=True) or Installation(network)
     if installation.state.merged:
@@ -131,7 +133,7 @@ def attach(
     if name in installation.sets:
         raise UserError(f"an adapter set named {name!r} is already attached: detach() it or choose another name")
     missing = set(method.evidence) - _gathered(evidence)
-    if missing:
+    if missing and not restoring:
         raise UserError(f"method {method.name} needs evidence ({', '.join(sorted(missing))}): collect it first, engine.evidence.collect")
     chosen = resolve(targets, sites if sites is not None else enumerate_sites(network, fused=fused_qkv), method)
     adapters = AdapterSet(method, chosen)

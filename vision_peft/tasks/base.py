@@ -8,6 +8,7 @@ from typing import Any, Literal
 import lightning.pytorch as pl
 import torch
 from lightning.pytorch.cli import OptimizerCallable
+from lightning.pytorch.utilities import rank_zero_warn
 from torch import Tensor, nn
 from torch.optim.lr_scheduler import CosineAnnealingLR, LinearLR, LRScheduler, SequentialLR
 
@@ -125,9 +126,7 @@ class Task(pl.LightningModule):
         """Keep the trained parts, what the frozen rest must be, and the random state that dropout continues from."""
         checkpoint["state_dict"] = {key: value for key, value in checkpoint["state_dict"].items() if self._is_trained(key)}
         checkpoint["backbone_fingerprint"] = self.frozen_fingerprint
-        checkpoint["random_state"] = {"cpu": torch.get_rng_state()}
-        if self.device.type == "cuda":
-            checkpoint["random_state"]["cuda"] = torch.cuda.get_rng_state(self.device)
+        checkpoint["random_state"] = self._random_states()
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Demand exactly the trained keys, then hand Lightning's strict loading the frozen rest as it stands."""
@@ -142,7 +141,11 @@ class Task(pl.LightningModule):
             if own[key].shape != stored[key].shape:
                 raise UserError(f"checkpoint: {key!r} has shape {tuple(stored[key].shape)}, expected {tuple(own[key].shape)}")
         checkpoint["state_dict"] = {**own, **stored}
-        self._random_state = checkpoint.get("random_state")
+        states = checkpoint.get("random_state", [])
+        if len(states) == self.trainer.world_size:
+            self._random_state = states[self.trainer.global_rank]
+        else:
+            rank_zero_warn(f"resuming {len(states)} processes on {self.trainer.world_size}: what dropout draws will differ")
 
     def on_train_batch_start(self, batch: Any, batch_idx: int) -> None:
         if self._random_state is not None:  # the first step after a resume draws what it would have drawn
@@ -153,3 +156,14 @@ class Task(pl.LightningModule):
 
     def _is_trained(self, key: str) -> bool:
         return key.partition(".")[0] in self.parts
+
+    def _random_states(self) -> list[dict[str, Tensor]]:
+        """The states of torch's generators, one entry a process: each draws its own dropout masks."""
+        own = {"cpu": torch.get_rng_state()}
+        if self.device.type == "cuda":
+            own["cuda"] = torch.cuda.get_rng_state(self.device)
+        if self.trainer.world_size == 1:
+            return [own]
+        states: list[Any] = [None] * self.trainer.world_size
+        torch.distributed.all_gather_object(states, own)
+        return states

@@ -21,6 +21,7 @@ from torchmetrics.classification import (
 )
 
 from vision_peft.backbones.base import Backbone
+from vision_peft.errors import UserError
 from vision_peft.report.confusion import save_confusion
 from vision_peft.tasks.base import Task
 from vision_peft.tasks.cache import HiddenStates
@@ -169,6 +170,8 @@ class FewShotClassification(Task):
     # ---- prediction ----
 
     def on_predict_start(self) -> None:
+        if self.trainer.world_size > 1:
+            raise UserError("trainer.devices: predictions are written by one process; set it to 1")
         self._predictions: list[tuple[str, str, float]] = []
 
     def predict_step(self, batch: tuple[Tensor, list[str]], batch_idx: int) -> Tensor:

@@ -36,7 +36,8 @@ class ZeroShotRetention(pl.Callback):
         for logger in trainer.loggers:
             logger.log_metrics(values, step=trainer.global_step)
         trainer.callback_metrics.update({key: torch.tensor(value) for key, value in values.items()})
-        print(f"zero-shot accuracy on the second set: {self.before:.4f} before, {after:.4f} after")
+        if trainer.is_global_zero:
+            print(f"zero-shot accuracy on the second set: {self.before:.4f} before, {after:.4f} after")
 
     @torch.no_grad()
     def accuracy(self, task: Any) -> float:
