@@ -4,9 +4,10 @@
     VISION_PEFT_DATA=... python scripts/table_fewshot.py              # every run at the chosen rates
     python scripts/table_fewshot.py --write                           # docs/results_fewshot.md from the rows
 
-Rows are appended to docs/results_fewshot.csv as runs end; a run whose row is there is skipped. Learning rates are chosen on
-the val split of dtd10 at 16 shots, seed 1, for each backbone and method, and kept for everything else; test accuracies play no
-part in it. The layers below the first adapted one are cached, over a fixed number of augmented views.
+Rows are appended to docs/results_fewshot.csv (--select: docs/results_fewshot_rates.csv) as runs end; a run whose row is there is
+skipped. Learning rates are chosen on the val split of dtd10 at 16 shots, seed 1, with a head that starts at the class means, for
+each backbone and method, and kept for everything else; test accuracies play no part in it. The layers below the first adapted
+one are cached, over a fixed number of augmented views.
 """
 
 from __future__ import annotations
@@ -38,6 +39,7 @@ from vision_peft.tasks.fewshot_classification import FewShotClassification
 from vision_peft.tasks.heads import LinearHead
 
 ROWS = Path("docs/results_fewshot.csv")
+RATE_ROWS = Path("docs/results_fewshot_rates.csv")
 PAGE = Path("docs/results_fewshot.md")
 SETS = ("dtd10", "caltech101")
 SHOTS = (4, 16)
@@ -68,6 +70,7 @@ class Run:
     seed: int
     method: str
     lr: float
+    start: str = "linear_probe"  # of the head
 
     def key(self) -> tuple[str, ...]:
         return (self.set, self.backbone, str(self.shots), str(self.seed), self.method, f"{self.lr:g}")
@@ -82,7 +85,7 @@ def execute(run: Run) -> dict[str, object]:
     method = None if run.method == "linear_probe" else find_method(run.method)(**OPTIONS.get(run.method, {}))
     task = FewShotClassification(
         Vit(run.backbone),
-        LinearHead("linear_probe" if method is None else "class_means"),
+        LinearHead(run.start),
         optimizer=lambda params: torch.optim.AdamW(params, lr=run.lr, weight_decay=0.01),
         head_lr=None if method is None else 1e-3,
         cache="disk",
@@ -124,41 +127,39 @@ def accuracy(task: FewShotClassification, pictures: ImageDataset, trainer: pl.Tr
     return right / len(states)
 
 
-def rows() -> list[dict[str, str]]:
-    return list(csv.DictReader(ROWS.open())) if ROWS.is_file() else []
+def rows(path: Path) -> list[dict[str, str]]:
+    return list(csv.DictReader(path.open())) if path.is_file() else []
 
 
 def chosen_rates() -> dict[tuple[str, str], float]:
     """(backbone, method) -> the rate with the best val accuracy; the smaller one of equals."""
     best: dict[tuple[str, str], tuple[float, float]] = {}
-    for row in rows():
-        if (row["set"], row["shots"], row["seed"]) == ("dtd10", "16", "1"):
-            candidate = (float(row["val"]), -float(row["lr"]))
-            key = (row["backbone"], row["method"])
-            best[key] = max(best.get(key, (-1.0, 0.0)), candidate)
+    for row in rows(RATE_ROWS):
+        key = (row["backbone"], row["method"])
+        best[key] = max(best.get(key, (-1.0, 0.0)), (float(row["val"]), -float(row["lr"])))
     return {key: -value[1] for key, value in best.items()}
 
 
 def selection() -> Iterator[Run]:
     for backbone, (method, rates) in itertools.product(TARGETS, RATES.items()):
         for lr in rates:
-            yield Run("dtd10", backbone, 16, 1, method, lr)
+            yield Run("dtd10", backbone, 16, 1, method, lr, "linear_probe" if method == "linear_probe" else "class_means")
 
 
 def table_runs() -> Iterator[Run]:
     rates = chosen_rates()
-    for seed, shots, name, backbone, method in itertools.product(SEEDS, reversed(SHOTS), SETS, TARGETS, RATES):
+    for shots, seed, name, backbone, method in itertools.product(reversed(SHOTS), SEEDS, SETS, TARGETS, RATES):
         if (backbone, method) in rates:
             yield Run(name, backbone, shots, seed, method, rates[backbone, method])
 
 
-def run_all(runs: list[Run]) -> None:
-    done = {tuple(row[field] for field in FIELDS[:6]) for row in rows()}
+def run_all(runs: list[Run], path: Path) -> None:
+    done = {tuple(row[field] for field in FIELDS[:6]) for row in rows(path)}
     waiting = [run for run in runs if run.key() not in done]
     for number, run in enumerate(waiting, 1):
         result = execute(run)
-        fresh = not ROWS.is_file()
-        with ROWS.open("a", newline="") as file:
+        fresh = not path.is_file()
+        with path.open("a", newline="") as file:
             writer = csv.DictWriter(file, FIELDS)
             if fresh:
                 writer.writeheader()
@@ -169,11 +170,9 @@ def run_all(runs: list[Run]) -> None:
 
 def write_page() -> None:
     """docs/results_fewshot.md: test accuracy (mean and spread over seeds), trainable numbers, seconds."""
-    rates = chosen_rates()
     groups: dict[tuple[str, str, int, str], list[dict[str, str]]] = {}
-    for row in rows():
-        if row["lr"] == f"{rates[row['backbone'], row['method']]:g}":
-            groups.setdefault((row["backbone"], row["set"], int(row["shots"]), row["method"]), []).append(row)
+    for row in rows(ROWS):
+        groups.setdefault((row["backbone"], row["set"], int(row["shots"]), row["method"]), []).append(row)
     text = Path(__file__).with_name("results_fewshot_head.md").read_text().format(
         machine=f"{platform.machine()}, {torch.get_num_threads()} thread(s), torch {torch.__version__}", date=time.strftime("%Y-%m-%d")
     )
@@ -209,7 +208,7 @@ def main() -> None:
         write_page()
         return
     runs = list(selection() if args.select else table_runs())
-    run_all([run for run in runs if all(word in run.key() for word in args.only)])
+    run_all([run for run in runs if all(word in run.key() for word in args.only)], RATE_ROWS if args.select else ROWS)
 
 
 if __name__ == "__main__":
