@@ -130,16 +130,16 @@ class Task(pl.LightningModule):
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Demand exactly the trained keys, then hand Lightning's strict loading the frozen rest as it stands."""
-        stored = checkpoint["state_dict"]
+        stored, source = checkpoint["state_dict"], self.trainer.ckpt_path or "checkpoint"
         if checkpoint.get("backbone_fingerprint") != self.frozen_fingerprint:
-            raise UserError("checkpoint: it belongs to another backbone (fingerprints differ): check the model's name, depth and weights")
+            raise UserError(f"{source}: it belongs to another backbone (fingerprints differ): check the model's name, depth and weights")
         own = self.state_dict()
         trained = {key for key in own if self._is_trained(key)}
         for key in sorted(trained ^ stored.keys()):
-            raise UserError(f"checkpoint: trained key {key!r} is {'missing' if key in trained else 'not expected'}")
+            raise UserError(f"{source}: trained key {key!r} is {'missing' if key in trained else 'not expected'}")
         for key in trained:
             if own[key].shape != stored[key].shape:
-                raise UserError(f"checkpoint: {key!r} has shape {tuple(stored[key].shape)}, expected {tuple(own[key].shape)}")
+                raise UserError(f"{source}: {key!r} has shape {tuple(stored[key].shape)}, expected {tuple(own[key].shape)}")
         checkpoint["state_dict"] = {**own, **stored}
         states = checkpoint.get("random_state", [])
         if len(states) == self.trainer.world_size:
