@@ -63,6 +63,9 @@ class RunCLI(LightningCLI):
         except (MisconfigurationException, ValueError) as error:  # Lightning's answers to values that it does not know
             raise UserError(f"trainer: {error}") from error
 
+    def _parse_ckpt_path(self) -> None:
+        """Checkpoints hold no hyper-parameters here, so none is read before the run."""
+
     def _loggers(self, folder: Path) -> list[CSVLogger | TensorBoardLogger]:
         """Metrics of fit in the run's folder itself, those of the other commands in sub-folders; nothing earlier is overwritten."""
         place = "" if self.subcommand == "fit" else self.subcommand
