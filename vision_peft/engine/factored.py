@@ -128,8 +128,8 @@ class _Merged(torch.autograd.Function):
                 return F.linear(x, _merge(W, B, A, scale, x.dtype), None if b is None else b.to(x.dtype)), None
             divisor = _divisor(scale)
             z = F.linear(x, _merge(W, B, A, divisor, x.dtype))
-            y = z * (scale / divisor).to(x.dtype)
-            return (y if b is None else y.add_(b)), z
+            factor = (scale / divisor).to(x.dtype)
+            return (z * factor if b is None else torch.addcmul(b.to(x.dtype), z, factor)), z
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor | None]) -> None:
@@ -160,7 +160,7 @@ class _Merged(torch.autograd.Function):
                 scaled = B if scale is None else B * scale[:, None]
                 gA = ((scaled.to(dtype).mT @ g.mT) @ rows).to(A.dtype)  # (r, N)(N, in)
             if needs_scale:
-                gscale = torch.einsum("no,no->o", g.float(), z.reshape(g.shape).float()).to(scale.dtype) / _divisor(scale)
+                gscale = (g * z.reshape(g.shape)).sum(0, dtype=torch.float32).to(scale.dtype) / _divisor(scale)
             if needs_b:
                 gb = g.sum(0).to(ctx.bias_dtype)
         return gx, None, gb, gB, gA, gscale
