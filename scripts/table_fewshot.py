@@ -79,10 +79,10 @@ class Run:
 def execute(run: Run) -> dict[str, object]:
     """Train, validate on the whole val split, test; the same objects that the YAML of configs/task/fewshot_vit.yaml names."""
     pl.seed_everything(run.seed)
-    data = FewShotImages(
-        CsvSource(f"{run.set}/split.csv"), shots=run.shots, seed=run.seed, full_val=True, augment="clip_lora", min_scale=0.35, views=VIEWS
-    )
     method = None if run.method == "linear_probe" else find_method(run.method)(**OPTIONS.get(run.method, {}))
+    views = None if method is None else VIEWS  # the probe takes no step: nothing to cache
+    shown = {"augment": "clip_lora", "min_scale": 0.35, "views": views}
+    data = FewShotImages(CsvSource(f"{run.set}/split.csv"), shots=run.shots, seed=run.seed, full_val=True, **shown)
     task = FewShotClassification(
         Vit(run.backbone),
         LinearHead(run.start),

@@ -68,12 +68,12 @@ class RunCLI(LightningCLI):
 
     def _loggers(self, folder: Path) -> list[CSVLogger | TensorBoardLogger]:
         """Metrics of fit in the run's folder itself, those of the other commands in sub-folders; nothing earlier is overwritten."""
-        place = "" if self.subcommand == "fit" else self.subcommand
-        earlier = folder / place / "metrics.csv"
+        place = folder if self.subcommand == "fit" else folder / self.subcommand
+        earlier = place / "metrics.csv"
         if earlier.exists() and rank_zero_only.rank == 0:
             taken = len(list(earlier.parent.glob("metrics-*.csv")))
             earlier.rename(earlier.with_name(f"metrics-{taken + 1}.csv"))
-        return [CSVLogger(folder, name="", version=place), TensorBoardLogger(folder / place, name="", version="tensorboard")]
+        return [CSVLogger(place, name="", version=""), TensorBoardLogger(place / "tensorboard", name="", version="")]
 
     def _run_subcommand(self, subcommand: str) -> None:
         """Left to make_cli()."""
