@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+import warnings
 from importlib import import_module
 
 from vision_peft.errors import UserError, nearest
@@ -45,6 +46,7 @@ def main(argv: list[str] | None = None) -> int:
 
         print(vision_peft.__version__)
         return 0
+    warnings.formatwarning = lambda message, *where, **more: f"vision-peft: warning: {message}\n"  # one line, without our source
     try:
         command, rest = _split(words)
         return import_module(f"vision_peft.commands.{COMMANDS[command][0]}").main(command, rest) or 0
