@@ -54,7 +54,7 @@ class FrozenFeatures:
         weight[seen], bias[seen] = slopes, -(slopes * (means[seen] + centre)).sum(1) / 2
         return weight, bias
 
-    def logistic_regression(self, strength: float = 1.0) -> tuple[Tensor, Tensor]:
+    def logistic_regression(self, strength: float = 0.1) -> tuple[Tensor, Tensor]:
         """W (C, D), b (C,) of multinomial logistic regression on centred features of unit scale, l2-regularised by 1 / strength.
 
         One scale for all features: a few pictures say little about the spread of each, and dividing a rarely active one by the spread
