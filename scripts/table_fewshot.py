@@ -16,7 +16,6 @@ import argparse
 import csv
 import itertools
 import logging
-import math
 import platform
 import statistics
 import time
@@ -208,7 +207,8 @@ def _spread(cell: list[dict[str, str]]) -> str:
     values = [100 * float(row["test"]) for row in cell]
     if not values:
         return "not run"
-    return f"{statistics.mean(values):.1f} ± {statistics.stdev(values) if len(values) > 1 else math.nan:.1f} ({len(values)})"
+    spread = f" ± {statistics.stdev(values):.1f}" if len(values) > 1 else ""
+    return f"{statistics.mean(values):.1f}{spread} ({len(values)})"
 
 
 def main() -> None:
