@@ -51,7 +51,7 @@ def test_rank_deficient(shape, rank):
     torch.testing.assert_close(U * S @ Vh, W, rtol=0, atol=1e-12)
 
 
-@pytest.mark.parametrize("decades", [2, 4, 5, 8, 12])
+@pytest.mark.parametrize("decades", [2, 4, 5, 6, 8, 12])
 @pytest.mark.parametrize("shape", [(40, 24), (24, 40)])
 def test_ill_conditioned(shape, decades):
     """Never worse than a direct decomposition in float32: bases orthogonal, singular values exact to a part of the largest."""
@@ -61,10 +61,6 @@ def test_ill_conditioned(shape, decades):
     direct = torch.linalg.svd(W.float(), full_matrices=False)
     assert orthogonality(U, Vh) <= max(orthogonality(direct.U, direct.Vh), 1e-6)
     assert ((S - values) / values).abs().max() <= max(float(((direct.S - values) / values).abs().max()), 1e-10)
-
-
-def test_ill_conditioned_by_six_decades():
-    test_ill_conditioned((40, 24), 6)
 
 
 def test_does_not_touch_its_input_or_the_global_generator():
@@ -94,7 +90,7 @@ def test_basis_mark_ignores_signs():
     torch.testing.assert_close(basis_mark(U * signs, Vh * signs[:, None]), basis_mark(U, Vh), rtol=1e-12, atol=1e-12)
 
 
-@pytest.mark.parametrize("k", [*range(11), *range(12, 19)])
+@pytest.mark.parametrize("k", range(19))
 def test_basis_mark_sees_every_pair(k):
     """Exchanging two pairs, or the sign of one side alone, changes the mark by more than loading tolerates."""
     U, _, Vh = thin_svd(torch.randn(30, 20, dtype=torch.float64))
@@ -103,10 +99,6 @@ def test_basis_mark_sees_every_pair(k):
     flipped[:, k] *= -1
     assert not torch.allclose(basis_mark(U[:, order], Vh[order]), mark, rtol=1e-3, atol=1e-4)
     assert not torch.allclose(basis_mark(flipped, Vh), mark, rtol=1e-3, atol=1e-4)
-
-
-def test_basis_mark_sees_pair_11():
-    test_basis_mark_sees_every_pair(11)
 
 
 def test_basis_mark_sees_other_weights_and_is_small():
