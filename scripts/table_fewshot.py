@@ -6,8 +6,8 @@
 
 Rows are appended to docs/results_fewshot.csv (--select: docs/results_fewshot_rates.csv) as runs end; a run whose row is there is
 skipped. Learning rates are chosen on the val split of dtd10 at 16 shots, seed 1, with a head that starts at the class means, for
-each backbone and method, and kept for everything else; test accuracies play no part in it. The layers below the first adapted
-one are cached, over a fixed number of augmented views.
+each backbone and method, and kept for everything else. How the head's start was chosen is told on the page:
+not blindly. The layers below the first adapted one are cached, over a fixed number of augmented views.
 """
 
 from __future__ import annotations
@@ -43,8 +43,8 @@ EARLIER = """
 ## All methods, from an earlier probe
 
 These rows ([results_fewshot_earlier_start.csv](results_fewshot_earlier_start.csv)) were made while the probe, from which every row starts,
-still divided each feature by its own spread, which costs it up to five points at 4 shots and one or two at 16. They compare the
-methods with one another, not with the tables above. Rows with fewer than three seeds, and rows that are missing, were not run.
+still divided each feature by its own spread. They compare the methods with one another, not with the tables above.
+Rows with fewer than three seeds, and rows that are missing, were not run.
 DoRA's seconds are from before it was made faster (docs/speed.md).
 """
 RATE_ROWS = Path("docs/results_fewshot_rates.csv")

@@ -121,4 +121,5 @@ def test_cache_that_cannot_be_written_warns(tmp_path, picture, monkeypatch):
 def test_no_warning_when_all_is_well(tmp_path, picture):
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        verify([Record(picture(tmp_path / "a.png"), 0)])
+        record = Record(picture(tmp_path / "a.png"), 0)
+        assert verify([record]) == [record]

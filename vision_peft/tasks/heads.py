@@ -57,8 +57,8 @@ class FrozenFeatures:
     def logistic_regression(self, strength: float = 0.1) -> tuple[Tensor, Tensor]:
         """W (C, D), b (C,) of multinomial logistic regression on centred features of unit scale, l2-regularised by 1 / strength.
 
-        One scale for all features: a few pictures say little about the spread of each, and dividing a rarely active one by the spread
-        it happens to have costs several points at 4 shots.
+        One scale for all features: a few pictures say little about the spread of each, and a rarely active one would be divided by
+        whatever spread it happens to have.
         """
         from sklearn.linear_model import LogisticRegression
 
