@@ -14,7 +14,7 @@ from small_runs import clip, lora, vit
 
 from vision_peft.engine.install import attach
 from vision_peft.errors import UserError
-from vision_peft.tasks.heads import CosineHead, FrozenFeatures, LinearHead, TextHead
+from vision_peft.tasks.heads import STRENGTHS, WITHOUT_VALIDATION, CosineHead, FrozenFeatures, LinearHead, TextHead
 
 PROMPTS = ["a photo of a cat.", "a photo of a dog.", "a photo of a three-toed sloth."]
 
@@ -55,12 +55,35 @@ def test_nearest_mean_keeps_its_logits_moderate():
 @pytest.mark.parametrize("classes", [2, 10])
 def test_logistic_regression_gives_the_probabilities_of_scikit_learn(classes):
     X, y, new = real(classes)
-    found = predict(FrozenFeatures(X, y, classes).logistic_regression(), new).softmax(1)
+    found = predict(FrozenFeatures(X, y, classes).logistic_regression(0.1), new).softmax(1)
     mean = X.mean(0)
     scale = (X - mean).square().mean().sqrt()
     solver = LogisticRegression(C=0.1, max_iter=500).fit(((X - mean) / scale).numpy(), y.numpy())
     expected = torch.from_numpy(solver.predict_proba(((new - mean) / scale).numpy())).float()
     torch.testing.assert_close(found, expected, rtol=0, atol=2e-4)
+
+
+def test_strength_of_a_probe_is_chosen_by_the_held_out_pictures():
+    X, y, new = real(10, 60)
+    held_out = new[:200], torch.from_numpy(load_digits(return_X_y=True)[1])[60:260]
+    frozen = FrozenFeatures(X, y, 10, held_out)
+    accuracies = []
+    for strength in STRENGTHS:
+        accuracies.append(
+            (predict(FrozenFeatures(X, y, 10).logistic_regression(strength), held_out[0]).argmax(1) == held_out[1]).float().mean()
+        )
+    best = STRENGTHS[max(range(len(STRENGTHS)), key=accuracies.__getitem__)]
+    assert len({a.item() for a in accuracies}) > 1
+    expected = predict(FrozenFeatures(X, y, 10).logistic_regression(best), new).softmax(1)
+    torch.testing.assert_close(predict(frozen.logistic_regression(), new).softmax(1), expected, rtol=0, atol=2e-3)
+
+
+def test_strength_without_held_out_pictures_is_announced(caplog):
+    X, y, _ = real(3)
+    with caplog.at_level("INFO"):
+        weights = FrozenFeatures(X, y, 3).logistic_regression()
+    assert "no validation pictures" in caplog.text
+    torch.testing.assert_close(weights, FrozenFeatures(X, y, 3).logistic_regression(WITHOUT_VALIDATION))
 
 
 @pytest.mark.parametrize("start", ["nearest_mean", "logistic_regression"])

@@ -106,20 +106,25 @@ class FewShotClassification(Task):
 
     @torch.no_grad()
     def _frozen_features(self, data: Any) -> FrozenFeatures | None:
-        """Of the training pictures as evaluation sees them, before anything is put on the backbone."""
+        """Of the pictures that the head asks for as evaluation sees them, before anything is put on the backbone."""
         if not data.train_records:
             return None
         training = self.backbone.training
         self.backbone.eval()
-        pictures = data.plain_train_dataset()
+        held_out = self._features(data.val_dataset) if self.head.needs_held_out and data.val_records else None
+        found = FrozenFeatures(*self._features(data.plain_train_dataset()), len(self.class_names), held_out)
+        self.backbone.train(training)
+        return found
+
+    def _features(self, pictures: Any) -> tuple[Tensor, Tensor]:
+        """(N, D) and labels (N,)."""
         with self.trainer.precision_plugin.forward_context():
             if self.cache == "disk" and self.backbone.num_blocks:  # methods compared on the same pictures compute this once
                 states = DataLoader(self._hidden_states(pictures, self.backbone.num_blocks), batch_size=64)
-                features = torch.cat([self.backbone.suffix(hidden, self.backbone.num_blocks) for hidden, _ in states])
+                features = [self.backbone.suffix(hidden, self.backbone.num_blocks) for hidden, _ in states]
             else:
-                features = torch.cat([self.backbone(images) for images, _ in DataLoader(pictures, batch_size=64)])
-        self.backbone.train(training)
-        return FrozenFeatures(features, torch.tensor([record.label for record in pictures.records]), len(self.class_names))
+                features = [self.backbone(images) for images, *_ in DataLoader(pictures, batch_size=64)]
+        return torch.cat(features), torch.tensor([record.label for record in pictures.records])
 
     # ---- steps ----
 
