@@ -22,6 +22,7 @@ class Kind:
     input: Callable[[], Tensor]
     targets: str | list[str] = "all"
     calls: dict[str, tuple[str, ...]] | None = None
+    shows_input: bool = True  # whether adapters get to see what the layer multiplies
 
     def network(self) -> nn.Module:
         torch.manual_seed(3)
@@ -40,7 +41,7 @@ class Kind:
 
     def suits(self, method: Method) -> bool:
         with torch.device("meta"):
-            return any(site.role in method.roles for site in self.sites(self.build()))
+            return (self.shows_input or not method.reads_input) and any(method.suits(site) for site in self.sites(self.build()))
 
 
 class Fused(nn.Module):
@@ -125,8 +126,8 @@ KINDS: dict[str, Kind] = {
     "mha": Kind(lambda: Multihead(True, "none"), _tokens),
     "mha_causal_bool": Kind(lambda: Multihead(True, "bool"), _tokens, "attn.*"),
     "mha_seq_first_causal_float": Kind(lambda: Multihead(False, "float"), _tokens, "attn.*"),
-    "mha_need_weights": Kind(lambda: Multihead(True, "bool", need_weights=True), _tokens, "qv"),
-    "mha_cross": Kind(Cross, _tokens, "attn"),
+    "mha_need_weights": Kind(lambda: Multihead(True, "bool", need_weights=True), _tokens, "qv", shows_input=False),
+    "mha_cross": Kind(Cross, _tokens, "attn", shows_input=False),
     "encoder_layers": Kind(
         lambda: nn.TransformerEncoder(nn.TransformerEncoderLayer(16, 2, 20, dropout=0.0, batch_first=True), 2, enable_nested_tensor=False),
         _tokens,
@@ -141,10 +142,10 @@ KINDS: dict[str, Kind] = {
 
 
 def small(name: str) -> Method:
-    """The method of that name with its defaults, but of a rank that fits a tiny layer."""
+    """The method of that name with its defaults, but of a size that fits a tiny layer."""
     cls = find_method(name)
     rank = inspect.signature(cls).parameters.get("rank")
-    return cls() if rank is None or rank.default is None else cls(rank=2)
+    return cls(**({} if rank is None or rank.default is None else {"rank": 2}) | cls.tiny)
 
 
 def quietly(function: Callable, *args, **kwargs):

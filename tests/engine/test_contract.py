@@ -24,7 +24,9 @@ def test_the_catalogue_is_covered():
     assert {"lora", "dora", "comp_lora", "block_lora", "svfit", "bitfit", "full"} <= set(METHODS)
     for method in METHODS:
         covered = {kind for name, kind in COMBINATIONS if name == method}
-        assert len(covered) >= len(KINDS) - 3, f"{method} runs on {sorted(covered)} only"
+        expected = [kind for kind in KINDS if KINDS[kind].shows_input] if small(method).reads_input else KINDS
+        left_out = 8 if small(method).reads_input else 3  # no convolution, embedding or bare matrix; no bias or norm, for methods of those
+        assert len(covered) >= len(expected) - left_out, f"{method} runs on {sorted(covered)} only"
 
 
 @pytest.mark.parametrize("method, kind", COMBINATIONS)
@@ -47,10 +49,12 @@ def test_gradient_checkpointing_gives_the_same_gradients(method, kind):
     for run in (forward, lambda network: checkpoint(forward, network, use_reentrant=False)):
         torch.manual_seed(7)  # the same dropout masks, in the recomputation too
         run(network).square().sum().backward()
-        gradients.append({name: p.grad.clone() for name, p in adapters.named_parameters()})
+        gradients.append({name: p.grad.clone() for name, p in adapters.named_parameters() if p.grad is not None})
         adapters.zero_grad()
+    waits = small(method).steps_to_train > 2  # some of its tensors have no gradient at this step
+    assert waits or len(gradients[0]) == len(list(adapters.parameters()))
     for name, plain in gradients[0].items():
-        assert plain.any(), name
+        assert plain.any() or waits, name
         assert torch.equal(plain, gradients[1][name]), name
 
 

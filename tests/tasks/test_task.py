@@ -46,7 +46,7 @@ class Gain(Method):
     def adapter(self, site, shared) -> GainAdapter:
         return GainAdapter(self.penalty)
 
-    def coordinate(self, adapters, clock: Clock) -> None:
+    def coordinate(self, adapters, shared, clock: Clock) -> None:
         assert not torch.is_grad_enabled()
         self.clocks.append(clock)
         for adapter in adapters.values():

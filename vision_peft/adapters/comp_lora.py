@@ -23,7 +23,8 @@ from vision_peft.adapters._low_rank import LowRankAdapter, Scaling, require_drop
 from vision_peft.engine.adapter import Evidence, Factored, Method
 from vision_peft.engine.site import Site
 from vision_peft.errors import UserError
-from vision_peft.linalg.svd import basis_mark, energy_rank, thin_svd
+from vision_peft.linalg.svd import basis_mark, energy_rank
+from vision_peft.linalg.svd_cache import cached_svd
 
 Sides = Literal["both", "in", "out"]
 
@@ -40,7 +41,7 @@ class CompLoRAAdapter(LowRankAdapter):
 
     def initialize(self, W: Tensor, evidence: Evidence) -> None:
         super().initialize(W, evidence)
-        U, S, Vh = thin_svd(W)
+        U, S, Vh = cached_svd(W)
         k = energy_rank(S, self.energy) if self.protect_rank is None else self.protect_rank
         k = min(k, S.numel() - self.A.shape[0])  # the complement must hold at least r dimensions
         self.U, self.Vh = U[:, :k].contiguous(), Vh[:k].contiguous()

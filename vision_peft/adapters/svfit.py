@@ -18,7 +18,8 @@ from torch import Tensor, nn
 from vision_peft.adapters._low_rank import require_rank
 from vision_peft.engine.adapter import Adapter, Evidence, Factored, Method
 from vision_peft.engine.site import Site
-from vision_peft.linalg.svd import basis_mark, thin_svd
+from vision_peft.linalg.svd import basis_mark
+from vision_peft.linalg.svd_cache import cached_svd
 
 
 class SVFitAdapter(Adapter):
@@ -34,7 +35,7 @@ class SVFitAdapter(Adapter):
         self.register_buffer("Vh", None, persistent=False)
 
     def initialize(self, W: Tensor, evidence: Evidence) -> None:
-        U, _, Vh = thin_svd(W)
+        U, _, Vh = cached_svd(W)
         self.U, self.Vh = U[:, : self.rank].contiguous(), Vh[: self.rank].contiguous()
         self.d.zero_()
 

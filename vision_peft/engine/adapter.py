@@ -26,6 +26,7 @@ class Factored(NamedTuple):
     A: Tensor  # (r, in)
     scale: Tensor | None = None  # (out,); None stands for ones
     dropout: float = 0.0
+    trained: int | None = None  # only the leading columns of B and rows of A have gradients; None: all of them
 
 
 @dataclass
@@ -56,6 +57,14 @@ class Adapter(nn.Module):
         """The same map in factored form, where the method has one; must agree with weight() when dropout is off."""
         return None
 
+    def linear(self, x: Tensor, W: Tensor, b: Tensor | None) -> Tensor | None:
+        """The adapted layer's output (..., out) for x (..., in), for what no weight can express; None: weight() says it all.
+
+        Called on linear and attention layers only. W and b are the frozen tensors in their own type. A method whose layers have
+        no weight() at all says `reads_input`.
+        """
+        return None
+
     def penalty(self) -> Tensor | float:
         """Term added to the loss, 0 by default."""
         return 0.0
@@ -69,6 +78,21 @@ class Adapter(nn.Module):
         return None
 
 
+class Shared(nn.Module):
+    """What all adapters of a set have in common: random bases, tied factors, gates across layers. Trained and saved once."""
+
+    def initialize(self, generator: torch.Generator) -> None:
+        """Fill it, before the adapters are; draws come from the private CPU generator."""
+
+    def penalty(self) -> Tensor | float:
+        """Term added to the loss, 0 by default."""
+        return 0.0
+
+    def fingerprint(self) -> Tensor | None:
+        """A few float32 numbers that pin bases drawn anew on load; they are stored and compared. None: nothing is drawn anew."""
+        return None
+
+
 class FactoredAdapter(Adapter):
     """An adapter whose definition is its factored form."""
 
@@ -76,18 +100,27 @@ class FactoredAdapter(Adapter):
         raise NotImplementedError(f"{type(self).__name__} must define factored()")
 
     def weight(self, W: Tensor) -> Tensor:
-        B, A, scale, _ = self.factored(W)
-        merged = W + B @ A
-        return merged if scale is None else scale[:, None] * merged
+        form = self.factored(W)
+        merged = W + form.B @ form.A
+        return merged if form.scale is None else form.scale[:, None] * merged
 
 
 @dataclass(frozen=True)
 class Clock:
-    """Where training stands when coordinate() is called: `step` optimizer steps of `total` are done."""
+    """Where training stands when a method is called: `step` optimizer steps of `total` are done."""
 
     step: int
     total: int
     epoch: int
+    optimizer: torch.optim.Optimizer | None = None  # that trains the adapters, for methods that touch its rates or moments
+
+    def group(self, parameter: Tensor) -> dict[str, Any]:
+        """The optimizer's group (lr, weight_decay, ...) that holds the parameter."""
+        groups = self.optimizer.param_groups if self.optimizer is not None else []
+        for group in groups:
+            if any(each is parameter for each in group["params"]):
+                return group
+        raise LookupError("no optimizer group holds this parameter")
 
 
 class Method:
@@ -100,6 +133,9 @@ class Method:
     roles: ClassVar[tuple[Role, ...]] = ("weight",)  # which tensors of the targeted layers it adapts
     evidence: ClassVar[tuple[Literal["gradient", "covariance"], ...]] = ()  # what the calibration pass must collect
     identity_at_init: ClassVar[bool] = True  # W' = W before the first step
+    reads_input: ClassVar[bool] = False  # defined by linear() alone: acts on linear and attention layers only, cannot be merged
+    steps_to_train: ClassVar[int] = 2  # optimizer steps until every trained tensor has had a gradient
+    tiny: ClassVar[dict[str, Any]] = {}  # hyper-parameters that suit layers a few numbers wide, for tests
     merge: ClassVar[Literal["exact", "approximate", "impossible", "rewrites_base"]] = "exact"
     low_rank: ClassVar[bool] = False  # W' - W is B A with the factors of factored(): exports as a LoRA
     kind: ClassVar[str] = "dense"  # low-rank, dense, svd, bias ...: for tables
@@ -117,24 +153,37 @@ class Method:
             raise TypeError(f"two methods are called {cls.name!r}: {known.__qualname__} and {cls.__qualname__}")
         Method.registry[cls.name] = cls
 
-    def shared(self, sites: Sequence[Site]) -> nn.Module | None:
-        """One module for all sites (random bases, shared factors); its parameters are trained and saved with the adapters."""
+    def suits(self, site: Site) -> bool:
+        """Whether it can adapt that site at all; patterns pass over the others."""
+        return site.role in self.roles and (site.kind == "linear" or not self.reads_input)
+
+    def shared(self, sites: Sequence[Site]) -> Shared | None:
+        """One module for all sites; its parameters are trained and saved with the adapters."""
         return None
 
-    def adapter(self, site: Site, shared: nn.Module | None) -> Adapter:
+    def adapter(self, site: Site, shared: Shared | None) -> Adapter:
         """A new adapter of the right shape, not yet initialised. Raises UserError where a hyper-parameter does not fit the site."""
         raise NotImplementedError(f"{type(self).__name__} must define adapter()")
 
-    def coordinate(self, adapters: Mapping[str, Adapter], clock: Clock) -> None:
-        """Called after every optimizer step: proximal steps, budgets, switching. State lives in buffers, so that it resumes."""
+    def allocate(self, adapters: Mapping[str, Adapter], shared: Shared | None) -> None:
+        """Called once after all adapters are initialized: what is decided across layers. Sets masks, never shapes."""
 
-    def param_groups(self, adapters: Mapping[str, Adapter], shared: nn.Module | None, lr: float) -> list[dict[str, Any]]:
+    def adjust_gradients(self, adapters: Mapping[str, Adapter], shared: Shared | None, clock: Clock) -> None:
+        """Called before every optimizer step, with the gradients in place (unscaled): projections, preconditioning."""
+
+    def coordinate(self, adapters: Mapping[str, Adapter], shared: Shared | None, clock: Clock) -> None:
+        """Called after every optimizer step, gradients still there: proximal steps, budgets, switching.
+
+        State lives in buffers, so that it resumes.
+        """
+
+    def param_groups(self, adapters: Mapping[str, Adapter], shared: Shared | None, lr: float) -> list[dict[str, Any]]:
         """Optimizer groups; a method with roles of their own rate or decay overrides this."""
         modules = [*adapters.values(), *([shared] if shared is not None else [])]
         return [{"params": trainable(modules), "name": "adapter"}]
 
-    def count(self, site: Site) -> int:
-        """Trainable numbers that the documented formula gives for a site (shared parameters not included)."""
+    def count(self, site: Site) -> int | None:
+        """Trainable numbers that the documented formula gives for a site (shared ones not included); None: they depend on the weights."""
         raise NotImplementedError(f"{type(self).__name__} must define count()")
 
     def hyperparameters(self) -> dict[str, Any]:

@@ -65,7 +65,15 @@ class AdapterCallback(pl.Callback):
     def on_train_batch_end(self, trainer: pl.Trainer, task: Any, outputs: Any, batch: Any, batch_idx: int) -> None:
         if self.adapters is not None and trainer.global_step > self._steps_seen:  # gradient accumulation: not every batch is a step
             self._steps_seen = trainer.global_step
-            self.adapters.coordinate(Clock(trainer.global_step, int(trainer.estimated_stepping_batches), trainer.current_epoch))
+            self.adapters.coordinate(self._clock(trainer))
+
+    def on_before_optimizer_step(self, trainer: pl.Trainer, task: Any, optimizer: torch.optim.Optimizer) -> None:
+        if self.adapters is not None:
+            self.adapters.adjust_gradients(self._clock(trainer))
+
+    @staticmethod
+    def _clock(trainer: pl.Trainer) -> Clock:
+        return Clock(trainer.global_step, int(trainer.estimated_stepping_batches), trainer.current_epoch, trainer.optimizers[0])
 
     def on_fit_end(self, trainer: pl.Trainer, task: Any) -> None:
         if self.adapters is not None and not trainer.fast_dev_run:

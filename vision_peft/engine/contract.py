@@ -24,7 +24,6 @@ from vision_peft.engine.targets import resolve
 from vision_peft.errors import UserError
 
 EXACT = 1e-5  # of the largest entry: the same float32 sums in another order
-STEPS = 2  # optimizer steps within which every trained tensor must get a gradient
 
 
 Forward = Callable[[nn.Module], Tensor]
@@ -89,7 +88,10 @@ def identity_at_init(bench: Bench) -> Verdict:
 
 def parameter_count(bench: Bench) -> Verdict:
     """The trained numbers are those of the documented formula, and the network itself trains nothing."""
-    formula = sum(bench.method.count(site) for site in bench.adapters.sites)
+    counts = [bench.method.count(site) for site in bench.adapters.sites]
+    if None in counts:
+        return not trainable([bench.network]), f"{bench.adapters.num_trainable():,} trained numbers; their number depends on the weights"
+    formula = sum(counts)
     shared = sum(p.numel() for p in trainable([bench.adapters.shared])) if bench.adapters.shared is not None else 0
     actual, loose = bench.adapters.num_trainable(), len(trainable([bench.network]))
     detail = f"{actual:,} trained numbers; formula {formula:,} + {shared:,} shared; {loose} unfrozen tensors in the network"
@@ -106,18 +108,20 @@ def same_seed_same_start(bench: Bench) -> Verdict:
 
 
 def trains(bench: Bench) -> Verdict:
-    """Every trained tensor gets a finite gradient within STEPS steps, and moves. Leaves the adapters trained for the checks below."""
+    """Every trained tensor gets a finite gradient within `steps_to_train` steps, and moves. Leaves the adapters trained for the rest."""
+    steps = bench.method.steps_to_train
     start = {name: parameter.detach().clone() for name, parameter in bench.adapters.named_parameters() if parameter.requires_grad}
     optimizer = torch.optim.AdamW(bench.adapters.param_groups(1e-2), lr=1e-2, weight_decay=0.0)
     waiting, bad = set(start), set()
-    for step in range(STEPS):
+    for step in range(steps):
         optimizer.zero_grad()
-        bench.loss(bench.network).backward()
+        (bench.loss(bench.network) + bench.adapters.penalty()).backward()
         gradients = {name: parameter.grad for name, parameter in bench.adapters.named_parameters() if parameter.grad is not None}
         waiting -= {name for name, gradient in gradients.items() if gradient.any()}
         bad |= {name for name, gradient in gradients.items() if not gradient.isfinite().all()}
+        bench.adapters.adjust_gradients(Clock(step, steps, 0, optimizer))
         optimizer.step()
-        bench.adapters.coordinate(Clock(step + 1, STEPS, 0))
+        bench.adapters.coordinate(Clock(step + 1, steps, 0, optimizer))
     still = [name for name, value in start.items() if torch.equal(value, bench.adapters.get_parameter(name))]
     detail = f"{len(start)} tensors; without gradient: {sorted(waiting)[:3]}, not finite: {sorted(bad)[:3]}, unmoved: {still[:3]}"
     return bool(start) and not waiting and not bad and not still, detail
@@ -131,7 +135,10 @@ def acts(bench: Bench) -> Verdict:
 
 def factored_equals_weight(bench: Bench) -> Verdict:
     """The factored form and the definition are the same map."""
+    if bench.method.reads_input:
+        return True, f"skipped: {bench.method.name} is defined by its layers' output"
     errors = []
+    bench.adapters.eval()
     for site, adapter in zip(bench.adapters.sites, bench.adapters.named_adapters().values()):
         W = site.matrix(bench.network.get_parameter(site.path)).float()
         with torch.no_grad():

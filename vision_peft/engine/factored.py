@@ -50,11 +50,11 @@ def stack_rows(blocks: Blocks, rows: int) -> Factored:
 
 
 def _spans(blocks: Blocks) -> list[tuple[slice, slice]]:
-    """(rows, columns) of the diagonal blocks of the stacked B, the only places where it is not zero."""
+    """(rows, columns) of the trained parts of the stacked B: its diagonal blocks, less what is constant."""
     spans, column = [], 0
     for (start, stop), form in sorted(blocks, key=_first_row):
         rank = form.A.shape[0]
-        spans.append((slice(start, stop), slice(column, column + rank)))
+        spans.append((slice(start, stop), slice(column, column + (rank if form.trained is None else form.trained))))
         column += rank
     return spans
 
@@ -172,7 +172,12 @@ class _Merged(torch.autograd.Function):
             if needs_A:
                 scaled = (B if scale is None else B * scale[:, None]).to(dtype)
                 back = [scaled[here, ranks].mT @ g[:, here].mT for here, ranks in ctx.spans]  # (r, out)(out, N)
-                gA = ((back[0] if len(back) == 1 else torch.cat(back)) @ rows).to(A.dtype)  # (r, N)(N, in)
+                products = (back[0] if len(back) == 1 else torch.cat(back)) @ rows  # (r, N)(N, in)
+                if len(products) < len(A):
+                    trained = torch.cat([torch.arange(ranks.start, ranks.stop, device=A.device) for _, ranks in ctx.spans])
+                    gA = torch.zeros_like(A).index_copy_(0, trained, products.to(A.dtype))
+                else:
+                    gA = products.to(A.dtype)
             if needs_scale:
                 gscale = (g * z.reshape(g.shape)).sum(0, dtype=torch.float32).to(scale.dtype) / _divisor(scale)
             if needs_b:

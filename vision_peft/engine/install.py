@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from vision_peft.engine.adapter import Adapter, Clock, Evidence, Method, trainable
+from vision_peft.engine.adapter import Adapter, Clock, Evidence, Method, Shared, trainable
 from vision_peft.engine.readers import Reader, State, applies_dropout, fuses_children, make_reader
 from vision_peft.engine.site import Site, enumerate_sites
 from vision_peft.engine.targets import fused_qkv, resolve
@@ -47,21 +47,32 @@ class AdapterSet(nn.Module):
 
     def initialize(self, network: nn.Module, seed: int = 0, evidence: Mapping[str, Evidence] | None = None) -> None:
         """Start every adapter from the network's present weights. Draws depend on the seed and the site's name only."""
+        if self.shared is not None:
+            with torch.no_grad():
+                self.shared.initialize(torch.Generator().manual_seed(_seed(seed, "shared")))
         for site in self.sites:
             W = site.matrix(network.get_parameter(site.path).detach()).float()
             given = (evidence or {}).get(site.name) or Evidence(torch.Generator())
             given.generator.manual_seed(_seed(seed, site.name))
             with torch.no_grad(), torch.autocast(W.device.type, enabled=False):
                 self.adapters[_key(site)].initialize(W, given)
+        with torch.no_grad():
+            self.method.allocate(self.named_adapters(), self.shared)
 
     def penalty(self) -> Tensor | float:
         """Sum of the adapters' penalties, to add to the loss."""
-        return sum(adapter.penalty() for adapter in self.adapters.values())
+        own = sum(adapter.penalty() for adapter in self.adapters.values())
+        return own if self.shared is None else own + self.shared.penalty()
+
+    def adjust_gradients(self, clock: Clock) -> None:
+        """To call before every optimizer step."""
+        with torch.no_grad():
+            self.method.adjust_gradients(self.named_adapters(), self.shared, clock)
 
     def coordinate(self, clock: Clock) -> None:
-        """To call after every optimizer step."""
+        """To call after every optimizer step, before the gradients are cleared."""
         with torch.no_grad():
-            self.method.coordinate(self.named_adapters(), clock)
+            self.method.coordinate(self.named_adapters(), self.shared, clock)
 
     def param_groups(self, lr: float) -> list[dict[str, Any]]:
         return self.method.param_groups(self.named_adapters(), self.shared, lr)
@@ -171,6 +182,8 @@ def activate(network: nn.Module, mix: str | Mapping[str, float]) -> None:
     wanted = {mix: 1.0} if isinstance(mix, str) else dict(mix)
     for each in wanted:
         _known(installation, each)
+        if installation.sets[each].method.reads_input and wanted != {each: 1.0}:
+            raise UserError(f"method {installation.sets[each].method.name} has no weights to mix: activate it alone, at 1")
     installation.state.mix = wanted
 
 
@@ -202,6 +215,7 @@ def merge(network: nn.Module) -> None:
     for name in state.mix:
         if installation.sets[name].method.merge == "impossible":
             raise UserError(f"method {installation.sets[name].method.name} cannot be merged")
+        installation.sets[name].eval()  # what is random while training is not merged
     try:
         with torch.no_grad():
             for path, reader in installation.readers.items():
@@ -282,20 +296,25 @@ def _warn_unused_dropout(installation: Installation, adapters: AdapterSet) -> No
 
 def _add_fingerprints(adapters: AdapterSet, state: dict[str, Any], prefix: str, metadata: Any) -> None:
     """state_dict carries what pins a recomputed basis, so that loading can tell a different one."""
-    for site in adapters.sites:
-        mark = adapters.adapters[_key(site)].fingerprint()
+    for _, path, module in _marked(adapters):
+        mark = module.fingerprint()
         if mark is not None:
-            state[f"{prefix}adapters.{_key(site)}.fingerprint"] = mark.detach().float().cpu()
+            state[f"{prefix}{path}.fingerprint"] = mark.detach().float().cpu()
+
+
+def _marked(adapters: AdapterSet) -> list[tuple[str, str, Adapter | Shared]]:
+    """(name for people, path, module) of everything that may recompute a basis."""
+    shared = [("shared bases", "shared", adapters.shared)] if adapters.shared is not None else []
+    return shared + [(site.name, f"adapters.{_key(site)}", adapters.adapters[_key(site)]) for site in adapters.sites]
 
 
 def _check_fingerprints(adapters: AdapterSet, state: dict[str, Any], prefix: str, *rest: Any) -> None:
-    for site in adapters.sites:
-        key = f"{prefix}adapters.{_key(site)}.fingerprint"
-        mark = adapters.adapters[_key(site)].fingerprint()
-        stored = state.pop(key, None)
+    for name, path, module in _marked(adapters):
+        mark = module.fingerprint()
+        stored = state.pop(f"{prefix}{path}.fingerprint", None)
         if mark is None or stored is None:
             if (mark is None) != (stored is None):
-                raise UserError(f"{site.name}: the fingerprint of the adapter's basis is {'missing' if stored is None else 'not expected'}")
+                raise UserError(f"{name}: the fingerprint of the adapter's basis is {'missing' if stored is None else 'not expected'}")
             continue
         if not torch.allclose(stored.to(mark), mark, rtol=1e-3, atol=1e-4):
-            raise UserError(f"{site.name}: the basis recomputed from the weights is not the one the adapter was trained with")
+            raise UserError(f"{name}: the basis recomputed on load is not the one the adapter was trained with")

@@ -55,6 +55,13 @@ class View:
             name: rest for name, sets in self.entries.items() if (rest := {key: pair for key, pair in sets.items() if key != set_name})
         }
 
+    def sync(self, training: bool) -> None:
+        """Put the adapters into the mode of the layer they act on."""
+        for sets in self.entries.values():
+            for _, adapter in sets.values():
+                if adapter.training != training:
+                    adapter.train(training)
+
     def active(self) -> list[tuple[Site, list[tuple[float, Adapter]]]]:
         """Sites in row order, each with the (coefficient, adapter) pairs that are switched on."""
         found = []
@@ -93,6 +100,29 @@ class View:
                     return None
                 blocks.append((site.rows or (0, parameter.shape[0]), form))
         return blocks or None
+
+
+    def linear(self, x: Tensor, parameter: Tensor, b: Tensor | None) -> Tensor | None:
+        """The layer's output where an adapter computes it itself; None where all act through weights."""
+        active = self.active()
+        if not any(len(pairs) == 1 and type(pairs[0][1]).linear is not Adapter.linear for _, pairs in active):
+            return None
+        pieces, row = [], 0
+        for site, pairs in active:
+            start, stop = site.rows or (0, parameter.shape[0])
+            bias = None if b is None else b[start:stop]
+            if start > row:
+                pieces.append(F.linear(x, parameter[row:start], None if b is None else b[row:start]))
+            alone = len(pairs) == 1 and pairs[0][0] == 1.0
+            y = pairs[0][1].linear(x, parameter[start:stop], bias) if alone else None
+            if y is None:
+                W = site.matrix(parameter).float()
+                y = F.linear(x, _mixed(W, pairs).to(parameter.dtype), bias)
+            pieces.append(y)
+            row = stop
+        if row < parameter.shape[0]:
+            pieces.append(F.linear(x, parameter[row:], None if b is None else b[row:]))
+        return pieces[0] if len(pieces) == 1 else torch.cat(pieces, dim=-1)
 
 
 def _height(parameter: Tensor) -> int:
@@ -139,6 +169,8 @@ class Reader:
             self.observe(*args, **kwargs)
         if not self.state.live:
             return self.own(call, *args, **kwargs)
+        for view in self.views.values():
+            view.sync(self.module.training)
         return self.adapted(call, *args, **kwargs)
 
     def adapted(self, call: str, *args: Any, **kwargs: Any) -> Any:
@@ -166,6 +198,9 @@ class Reader:
         blocks = self.views[weight].factored(W)
         if blocks is not None:
             return factored_linear(x, W, b, blocks, self.module.training)
+        own = self.views[weight].linear(x, W, b)
+        if own is not None:
+            return own
         return F.linear(x, self.views[weight].effective(W), b)
 
 

@@ -30,7 +30,7 @@ PRESETS: dict[str, Callable[[Site], bool]] = {
 
 
 def resolve(targets: str | Sequence[str], sites: Sequence[Site], method: Method) -> list[Site]:
-    """The sites of the method's roles whose layer matches, in network order.
+    """The sites that the method suits whose layer matches, in network order.
 
     Args:
         targets: presets (`qv`, `qkv`, `attn`, `mlp`, `attn+mlp`, `conv`, `all`; `vision:qv` and `text:qv` keep to one tower) or globs
@@ -38,7 +38,7 @@ def resolve(targets: str | Sequence[str], sites: Sequence[Site], method: Method)
             `vision.pos_embed`. `*` also matches dots.
 
     Raises:
-        UserError: for a pattern that matches nothing (names the nearest layers), or where none matches a tensor of the method's roles.
+        UserError: for a pattern that matches nothing (names the nearest layers), or where none matches a tensor that the method can adapt.
     """
     wanted = [targets] if isinstance(targets, str) else list(targets)
     if not wanted:
@@ -49,10 +49,11 @@ def resolve(targets: str | Sequence[str], sites: Sequence[Site], method: Method)
         if not found:
             raise UserError(_no_match(pattern, sites))
         matched |= {site.name: site for site in found}
-    chosen = {name for name, site in matched.items() if site.role in method.roles}
+    chosen = {name for name, site in matched.items() if method.suits(site)}
     if not chosen:
         kinds, patterns = " or ".join(method.roles), ", ".join(map(repr, wanted))
-        raise UserError(f"adapter.targets: {patterns} matches {len(matched)} tensors, but {method.name} adapts {kinds} tensors only")
+        where = " of linear and attention layers" if method.reads_input else ""
+        raise UserError(f"adapter.targets: {patterns} matches {len(matched)} tensors, but {method.name} adapts {kinds} tensors{where} only")
     return [site for site in sites if site.name in chosen]
 
 
@@ -103,10 +104,11 @@ def table(sites: Sequence[Site], method: Method, collapse: bool = False) -> str:
         pattern = re.sub(r"(?<=\.)\d+(?=\.)", "#", site.name) if collapse else site.name
         groups.setdefault((pattern, site.kind, site.shape), []).append(site)
     rows = [("site", "kind", "shape", "sites", "trainable", "saved KiB", "memory KiB")]
-    total = 0
+    total: int | None = 0
     for (pattern, kind, shape), members in groups.items():
-        count = sum(method.count(site) for site in members)
-        total += count
+        counts = [method.count(site) for site in members]
+        count = None if None in counts else sum(counts)
+        total = None if None in (total, count) else total + count
         rows.append((_span(pattern, members), kind, " x ".join(map(str, shape)), str(len(members)), *_sizes(count)))
     rows.append(("total", "", "", str(len(sites)), *_sizes(total)))
     widths = [max(len(row[column]) for row in rows) for column in range(len(rows[0]))]
@@ -115,7 +117,9 @@ def table(sites: Sequence[Site], method: Method, collapse: bool = False) -> str:
     return "\n".join([lines[0], rule, *lines[1:-1], rule, lines[-1]])
 
 
-def _sizes(count: int) -> tuple[str, str, str]:
+def _sizes(count: int | None) -> tuple[str, str, str]:
+    if count is None:  # chosen by the weights, which are not read here
+        return "by weights", "", ""
     return f"{count:,}", f"{count * 4 / 1024:.1f}", f"{count * 16 / 1024:.1f}"
 
 
