@@ -20,6 +20,7 @@ COMMANDS = {
     "check": ("check", "prove the contract of a config's method on its own backbone, in seconds"),
     "export": ("export", "write an adapter as merged weights or in Hugging Face PEFT's layout"),
     "merge": ("merge", "fold one adapter into a backbone file"),
+    "compare": ("compare", "methods x learning rates x seeds on one task, chosen on the val split: table, plot, report"),
 }
 HELP = """usage: vision-peft COMMAND [options]
 

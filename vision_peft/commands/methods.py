@@ -1,14 +1,17 @@
-"""`vision-peft methods`: the catalogue by the flags of its classes, or one method with its page and hyper-parameters.
+"""`vision-peft methods`: the catalogue by the flags of its classes, one method with its page and hyper-parameters, or all as Markdown.
 
 Source: read from official code, from a paper's text or from its abstract. Trained per site: in m (out), n (in) and the hyper-parameters.
+Step: of LoRA's, in float32 / bf16, ViT-S with every linear layer adapted (docs/speed_methods.md).
 """
 
 from __future__ import annotations
 
+import csv
 import inspect
 import json
 import sys
 import typing
+from importlib import resources
 from typing import Any
 
 from vision_peft.commands.columns import columns
@@ -16,26 +19,28 @@ from vision_peft.commands.parser import CommandParser
 from vision_peft.engine.adapter import Method, find_method, method_names
 from vision_peft.errors import UserError, nearest
 
-HEADER = ("name", "class", "kind", "source", "trained per site", "starts as identity", "merge", "to PEFT", "adapts")
+HEADER = ("name", "class", "kind", "source", "trained per site", "starts as identity", "merge", "to PEFT", "adapts", "layers", "step")
 
 
 def main(command: str, argv: list[str]) -> None:
     parser = CommandParser(command, __doc__)
     parser.add_argument("name", nargs="?", help="show one method: its page, its hyper-parameters with defaults")
     parser.add_argument("--json", action="store_true", help="as JSON")
+    parser.add_argument("--markdown", action="store_true", help="the table and a card for every method: what docs/methods.md holds")
     given = parser.parse_args(argv)
     if given.name:
         cls = _find(given.name)
         print(json.dumps({**facts(cls), "hyperparameters": hyperparameters(cls)}, indent=2, default=str) if given.json else page(cls))
         return
-    found = [facts(find_method(name)) for name in method_names()]
+    found = [find_method(name) for name in method_names()]
     if given.json:
-        print(json.dumps(found, indent=2))
-        return
-    rows = [[_cell(value) for value in each.values()] for each in found]
-    print(columns([HEADER, *rows]))
-    print(f"\n{len(found)} methods. In YAML: adapter: {{method: {{class_path: LoRA, init_args: {{rank: 8}}}}}}")
-    print("More of one: vision-peft methods NAME")
+        print(json.dumps([facts(cls) for cls in found], indent=2))
+    elif given.markdown:
+        print(markdown(found), end="")
+    else:
+        print(columns([HEADER, *map(_row, found)]))
+        print(f"\n{len(found)} methods. In YAML: adapter: {{method: {{class_path: LoRA, init_args: {{rank: 8}}}}}}")
+        print("More of one: vision-peft methods NAME")
 
 
 def facts(cls: type[Method]) -> dict[str, Any]:
@@ -50,7 +55,39 @@ def facts(cls: type[Method]) -> dict[str, Any]:
         "merge": cls.merge,
         "low_rank": cls.low_rank,
         "roles": list(cls.roles),
+        "reads_input": cls.reads_input,
+        "step": costs().get(cls.name),
     }
+
+
+def costs() -> dict[str, list[str]]:
+    """Step time of LoRA's by method, (float32, bf16), as scripts/bench_methods.py measured it; "" where it was not."""
+    text = resources.files("vision_peft.commands").joinpath("method_costs.csv").read_text()
+    return {name: values for name, *values in list(csv.reader(text.splitlines()))[1:]}
+
+
+def markdown(found: list[type[Method]]) -> str:
+    """Table and cards."""
+    rows = [" | ".join(cell.replace("|", "\\|") for cell in _row(cls)) for cls in found]
+    table = "\n".join([f"| {' | '.join(HEADER)} |", "|---" * len(HEADER) + "|", *(f"| {row} |" for row in rows)])
+    head = f"# The catalogue\n\n{len(found)} methods. Written by `vision-peft methods --markdown`; columns: `vision-peft methods --help`."
+    return f"{head}\nAccuracies: [results_methods.md](results_methods.md).\n\n{table}\n\n" + "\n".join(map(_card, found))
+
+
+def _card(cls: type[Method]) -> str:
+    text = inspect.cleandoc(sys.modules[cls.__module__].__doc__ or "")
+    command = f"vision-peft fit --config configs/task/fewshot_vit.yaml --config configs/method/{cls.name}.yaml"
+    count = f"Trained per site: {cls.formula}."
+    return f"## {cls.name}\n\n{text}\n\n{count} **When:** {cls.advice}\n\n    {command}\n"
+
+
+def _row(cls: type[Method]) -> list[str]:
+    own = facts(cls)
+    step = "/".join(value or "-" for value in own["step"]) if own["step"] else "-"
+    layers = "linear, attention" if cls.reads_input else "all"
+    export = "yes" if cls.low_rank else "no" if cls.merge == "impossible" else "by a chosen rank"
+    shown = [_cell(own[key]) for key in ("name", "class", "kind", "source", "formula", "identity_at_init", "merge")]
+    return [*shown, export, _cell(own["roles"]), layers, step]
 
 
 def hyperparameters(cls: type[Method]) -> dict[str, Any]:
@@ -66,11 +103,12 @@ def page(cls: type[Method]) -> str:
     defaults = ["required" if each.default is each.empty else json.dumps(each.default) for each in parameters]
     rows = [(each.name, _type(hints[each.name]), default) for each, default in zip(parameters, defaults)]
     table = columns([("hyper-parameter", "type", "default"), *rows]) if rows else "no hyper-parameters"
-    flags = ", ".join(f"{key} {_cell(value)}" for key, value in facts(cls).items() if key not in ("name", "class"))
+    flags = ", ".join(f"{key} {_cell(value)}" for key, value in facts(cls).items() if key not in ("name", "class", "step"))
     settings = ", ".join(f"{name}: {default}" for name, _, default in rows)
     yaml = f"adapter:\n  method:\n    class_path: {cls.__name__}" + (f"\n    init_args: {{{settings}}}" if settings else "")
     text = inspect.cleandoc(sys.modules[cls.__module__].__doc__ or "")
-    return "\n\n".join([text, f"{cls.__name__}: {inspect.cleandoc(cls.__doc__ or '')}", table, flags, yaml])
+    own = f"{cls.__name__}: {inspect.cleandoc(cls.__doc__ or '')}"
+    return "\n\n".join([text, own, table, *([f"When: {cls.advice}"] if cls.advice else []), flags, yaml])
 
 
 def _find(name: str) -> type[Method]:

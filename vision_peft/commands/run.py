@@ -53,10 +53,14 @@ class RunCLI(LightningCLI):
         folder = self._get(self.config, "run")
         trainer = self._get(self.config_init, "trainer")
         kwargs["default_root_dir"] = folder
+        callbacks = _as_list(trainer.get("callbacks"))
         if trainer.get("logger") in (None, True):
             kwargs["logger"] = self._loggers(Path(folder))
+        if trainer.get("logger") is not False:
+            callbacks.append(LearningRateMonitor("step"))
         if self.subcommand == "fit" and trainer.get("enable_checkpointing") is not False:
-            kwargs["callbacks"] = [*_as_list(trainer.get("callbacks")), LatestCheckpoint(self._get(self.config, "checkpoint_every"))]
+            callbacks.append(LatestCheckpoint(self._get(self.config, "checkpoint_every")))
+        kwargs["callbacks"] = callbacks
         kwargs["plugins"] = [*_as_list(trainer.get("plugins")), AtomicCheckpointIO()]
         try:
             return super().instantiate_trainer(**kwargs)
@@ -102,7 +106,7 @@ def make_cli(command: str, argv: list[str], run: bool) -> RunCLI:
     _quieten()
     arguments = [command, *argv]
     try:
-        with _hushed("lightning.pytorch", "lightning.fabric"):
+        with hushed("lightning.pytorch", "lightning.fabric"):
             cli = RunCLI(
                 Task,
                 pl.LightningDataModule,
@@ -111,7 +115,6 @@ def make_cli(command: str, argv: list[str], run: bool) -> RunCLI:
                 save_config_callback=SaveRunConfig,
                 seed_everything_default=1,
                 trainer_defaults={
-                    "callbacks": [LearningRateMonitor("step")],
                     "log_every_n_steps": 10,
                     "enable_model_summary": False,  # the table of sites says more
                 },
@@ -129,7 +132,7 @@ def make_cli(command: str, argv: list[str], run: bool) -> RunCLI:
 
 
 @contextmanager
-def _hushed(*names: str) -> Iterator[None]:
+def hushed(*names: str) -> Iterator[None]:
     """Without the notices (seed, devices) that would stand before the one line of an error; warnings still come through."""
     loggers = [logging.getLogger(name) for name in names]
     levels = [logger.level for logger in loggers]

@@ -141,6 +141,7 @@ class Method:
     kind: ClassVar[str] = "dense"  # low-rank, dense, svd, bias ...: for tables
     source: ClassVar[Literal["code", "text", "abstract"]] = "code"  # what its definition was read from
     formula: ClassVar[str] = ""  # trainable numbers per site in m (out), n (in) and the hyper-parameters
+    advice: ClassVar[str] = ""  # when to choose it, in one sentence
 
     registry: ClassVar[dict[str, type[Method]]] = {}
     name: ClassVar[str] = ""
