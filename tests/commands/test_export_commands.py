@@ -176,3 +176,17 @@ def test_check_exercises_both_towers_of_clip(config, capsys, tmp_path):
     assert main(["check", "--config", config, *words]) == 0
     text = capsys.readouterr().out
     assert "on 4 sites of tiny" in text and ", 0 failed" in text
+
+
+def test_a_dense_method_as_a_lora_of_chosen_rank(config, tmp_path, capsys, error_line):
+    words = ["--adapter.method", "SVFit", "--run", str(tmp_path / "run")]
+    assert main(["fit", "--config", config, *words]) == 0
+    output = tmp_path / "peft"
+    export = ["export", str(tmp_path / "run"), "--to", "peft", "--output", str(output)]
+    assert "not a low-rank update" in error_line(export)
+    capsys.readouterr()
+    assert main([*export, "--rank", "4"]) == 0
+    said = capsys.readouterr().out
+    assert "as a LoRA of rank 4: the updates are off by" in said and "vision." in said
+    assert json.loads((output / "adapter_config.json").read_text())["r"] == 8  # q and v of a fused projection
+    assert "goes with --to peft only" in error_line([*export[:3], "merged", *export[4:], "--rank", "4"])

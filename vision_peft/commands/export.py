@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from vision_peft.commands.networks import find_folders, on_random_input, rebuild
 from vision_peft.commands.parser import CommandParser
+from vision_peft.engine.as_lora import as_lora
 from vision_peft.engine.install import AdapterSet
 from vision_peft.engine.merged import save_merged
 from vision_peft.engine.peft_layout import save_peft
@@ -31,14 +32,20 @@ def main(command: str, argv: list[str]) -> None:
     parser.add_argument("folder", type=Path, help="a run folder (config.yaml and adapter/) or an adapter folder")
     parser.add_argument("--to", choices=FORMS, required=True, help="merged: one weights file of the backbone; peft, adapter: a folder")
     parser.add_argument("--output", type=Path, required=True, help="file to write (.safetensors, .pt, .pth) or folder")
+    parser.add_argument("--rank", type=int, help="write the best LoRA of this rank instead, whatever the method, and print its error")
     parser.add_argument("--force", action="store_true", help="replace what is there")
     given = parser.parse_args(argv)
-    export(given.folder, given.to, given.output, given.force)
+    if given.rank is not None and given.to != "peft":
+        raise UserError("--rank: goes with --to peft only")
+    export(given.folder, given.to, given.output, given.rank, given.force)
 
 
 @torch.no_grad()
-def export(folder: Path, form: str, output: Path, force: bool = False) -> None:
-    """Write one adapter in another form beside its place, prove it equal there, and move it into place."""
+def export(folder: Path, form: str, output: Path, rank: int | None = None, force: bool = False) -> None:
+    """Write one adapter in another form beside its place, prove it equal there, and move it into place.
+
+    With a rank, what is written is the best LoRA of that rank, and what is proven is that PEFT computes the same as that LoRA.
+    """
     if output.exists() and not force:
         raise UserError(f"{output}: exists already; --force replaces it")
     if output.exists() and not _replaceable(output, form):
@@ -50,16 +57,23 @@ def export(folder: Path, form: str, output: Path, force: bool = False) -> None:
     bare = copy.deepcopy(backbone.network)
     adapters = load_adapter(backbone.network, adapter, sites=backbone.sites(), resized=backbone.resized)
     run = on_random_input(backbone, text=any(site.target.startswith("text.") for site in adapters.sites))
+    name, approximation = "default", ""
+    if rank is not None:
+        exact, lora = run(backbone.network), as_lora(backbone.network, rank)
+        name, (site, worst) = "as_lora", lora.worst
+        change = float((run(backbone.network) - exact).norm() / exact.norm())
+        approximation = f"; as a LoRA of rank {rank}: the updates are off by {lora.error:.1%} of their size"
+        approximation += f" (worst: {site}, {worst:.1%}), the outputs by {change:.1%}" if worst else ""
     output.parent.mkdir(parents=True, exist_ok=True)
     staging = Path(tempfile.mkdtemp(prefix=f".{output.name}.", dir=output.parent))
     try:
         written = staging / output.name
-        _write(form, written, adapter, backbone.network, backbone.describe())
+        _write(form, written, adapter, backbone.network, name, backbone.describe())
         verdict = _verdict(form, written, adapters, run(backbone.network), run, bare, backbone)
         replace_folder(written, output) if written.is_dir() else os.replace(written, output)
     finally:
         shutil.rmtree(staging, ignore_errors=True)
-    print(f"{output}: {adapters.method!r} on {len(adapters.sites)} sites; {verdict}")
+    print(f"{output}: {adapters.method!r} on {len(adapters.sites)} sites; {verdict}{approximation}")
     parts = sorted({key.split(".")[1] for key in read_tensors(adapter) if key.startswith("parts.")})
     if parts and form != "adapter":
         print(f"not in it: {', '.join(parts)}, which stays in {adapter / WEIGHTS}")
@@ -72,11 +86,11 @@ def _replaceable(output: Path, form: str) -> bool:
     return {each.name for each in output.iterdir()} <= {WEIGHTS, CONFIG, CARD}
 
 
-def _write(form: str, path: Path, adapter: Path, network: nn.Module, described: dict[str, object]) -> None:
+def _write(form: str, path: Path, adapter: Path, network: nn.Module, name: str, described: dict[str, object]) -> None:
     if form == "merged":
         save_merged(path, network)
     elif form == "peft":
-        save_peft(path, network, base_model=str(described.get("name")))
+        save_peft(path, network, name=name, base_model=str(described.get("name")))
     else:
         path.mkdir()
         for name in (WEIGHTS, CONFIG, CARD):

@@ -14,4 +14,4 @@ def main(command: str, argv: list[str]) -> None:
     parser.add_argument("--output", type=Path, required=True, help="file to write, e.g. backbone.safetensors")
     parser.add_argument("--force", action="store_true", help="replace what is there")
     given = parser.parse_args(argv)
-    export(given.adapter, "merged", given.output, given.force)
+    export(given.adapter, "merged", given.output, force=given.force)

@@ -67,7 +67,7 @@ def save_peft(folder: str | os.PathLike[str], network: nn.Module, *, name: str =
     _known(found, name)
     method = found.sets[name].method
     if not method.low_rank:
-        raise UserError(f"method {method.name} is not a low-rank update, so PEFT's LoRA layout cannot hold it: use --to merged")
+        raise UserError(f"method {method.name} is not a low-rank update, so PEFT cannot hold it: use --to merged or --rank")
     target = _writable(Path(folder))
     targets = _targets(network, _factors(found, name))
     tensors = _named_tensors(network, targets)
