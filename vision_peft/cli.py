@@ -19,6 +19,7 @@ COMMANDS = {
     "targets": ("targets", "list the layers of a config's backbone and what its patterns match"),
     "check": ("check", "prove the contract of a config's method on its own backbone, in seconds"),
     "export": ("export", "write an adapter as merged weights or in Hugging Face PEFT's layout"),
+    "import": ("import_peft", "read a Hugging Face PEFT folder (LoRA, DoRA, LoHa, LoKr) as an adapter of a config's backbone"),
     "merge": ("merge", "fold one adapter into a backbone file"),
     "compare": ("compare", "methods x learning rates x seeds on one task, chosen on the val split: table, plot, report"),
 }

@@ -190,3 +190,17 @@ def test_a_dense_method_as_a_lora_of_chosen_rank(config, tmp_path, capsys, error
     assert "as a LoRA of rank 4: the updates are off by" in said and "vision." in said
     assert json.loads((output / "adapter_config.json").read_text())["r"] == 8  # q and v of a fused projection
     assert "goes with --to peft only" in error_line([*export[:3], "merged", *export[4:], "--rank", "4"])
+
+
+def test_import_takes_back_what_export_wrote_for_peft(config, run_folder, tmp_path, capsys, error_line, expected):
+    run, adapted, _ = expected
+    assert main(["export", str(run_folder), "--to", "peft", "--output", str(tmp_path / "peft")]) == 0
+    words = ["import", str(tmp_path / "peft"), "--config", config, "--output", str(tmp_path / "own")]
+    assert main(words) == 0
+    assert "on 6 layers" in capsys.readouterr().out  # q and v of each block came back as one matrix
+    backbone = bare(run_folder)
+    load_adapter(backbone.network, tmp_path / "own", sites=backbone.sites(), resized=backbone.resized)
+    torch.testing.assert_close(run(backbone.network), adapted, rtol=1e-5, atol=1e-5)
+    assert "exists already" in error_line(words)
+    assert "not a PEFT folder" in error_line(["import", str(run_folder / "adapter"), "--config", config, "--output", str(tmp_path / "x")])
+    assert not (tmp_path / "x").exists()

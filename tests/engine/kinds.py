@@ -12,8 +12,10 @@ import torch
 from torch import Tensor, nn
 
 from vision_peft.engine.adapter import Method, find_method
+from vision_peft.engine.evidence import collect
+from vision_peft.engine.install import attach
 from vision_peft.engine.site import Site, enumerate_sites
-from vision_peft.engine.targets import fused_qkv
+from vision_peft.engine.targets import fused_qkv, resolve
 
 
 @dataclass
@@ -146,6 +148,17 @@ def small(name: str) -> Method:
     cls = find_method(name)
     rank = inspect.signature(cls).parameters.get("rank")
     return cls(**({} if rank is None or rank.default is None else {"rank": 2}) | cls.tiny)
+
+
+def adapted(network: nn.Module, method: Method, run: Callable[[nn.Module], Tensor], targets: str | list[str] = "all", **options):
+    """attach() with whatever evidence the method asks for, collected from one run; without warnings about dropout."""
+    if method.evidence:
+        sites = options.get("sites") or enumerate_sites(network, fused=fused_qkv)
+        batches = [None]
+        options["evidence"] = collect(
+            network, resolve(targets, sites, method), method.evidence, batches, lambda _: run(network).square().mean()
+        )
+    return quietly(attach, network, method, targets, **options)
 
 
 def quietly(function: Callable, *args, **kwargs):

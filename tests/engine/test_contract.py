@@ -6,13 +6,13 @@ import copy
 
 import pytest
 import torch
-from kinds import KINDS, quietly, small
+from kinds import KINDS, adapted, quietly, small
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
 from vision_peft.engine.adapter import method_names
 from vision_peft.engine.contract import CHECKS, run_contract
-from vision_peft.engine.install import attach, installed
+from vision_peft.engine.install import installed
 
 METHODS = method_names()
 COMBINATIONS = [(method, kind) for method in METHODS for kind in KINDS if KINDS[kind].suits(small(method))]
@@ -43,7 +43,7 @@ def test_contract(method, kind):
 @pytest.mark.parametrize("method, kind", COMBINATIONS)
 def test_gradient_checkpointing_gives_the_same_gradients(method, kind):
     forward, network = KINDS[kind].forward(), KINDS[kind].network()
-    adapters = quietly(attach, network, small(method), KINDS[kind].targets, sites=KINDS[kind].sites(network))
+    adapters = adapted(network, small(method), forward, KINDS[kind].targets, sites=KINDS[kind].sites(network))
     _stir(adapters)
     gradients = []
     for run in (forward, lambda network: checkpoint(forward, network, use_reentrant=False)):
@@ -62,7 +62,7 @@ def test_gradient_checkpointing_gives_the_same_gradients(method, kind):
 def test_exchanging_two_slices_changes_the_output(method, kind):
     """Guards against adapters that land on the wrong rows: q's on v and v's on q is another function."""
     forward, network = KINDS[kind].forward(), KINDS[kind].network().eval()
-    adapters = quietly(attach, network, small(method), KINDS[kind].targets, sites=KINDS[kind].sites(network))
+    adapters = adapted(network, small(method), forward, KINDS[kind].targets, sites=KINDS[kind].sites(network))
     _stir(adapters)
     with torch.no_grad():
         before = forward(network)
@@ -79,7 +79,7 @@ def test_exchanging_two_slices_changes_the_output(method, kind):
 @pytest.mark.parametrize("method, kind", [("lora", "linear"), ("dora", "mha_causal_bool"), ("full", "conv")])
 def test_compiled_network_computes_and_learns_the_same(method, kind):
     forward, network = KINDS[kind].forward(), KINDS[kind].network()
-    adapters = quietly(attach, network, small(method), KINDS[kind].targets, sites=KINDS[kind].sites(network))
+    adapters = adapted(network, small(method), forward, KINDS[kind].targets, sites=KINDS[kind].sites(network))
     _stir(adapters)
     results = []
     for run in (network, torch.compile(network)):

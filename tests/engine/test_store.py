@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from kinds import KINDS, quietly, small
+from kinds import KINDS, adapted, quietly, small
 from safetensors.torch import load_file, save_file
 from torch import nn
 
@@ -27,7 +27,7 @@ def build() -> nn.Module:
 
 
 def trained(network: nn.Module, method: str = "lora", **options) -> nn.Module:
-    adapters = quietly(attach, network, small(method), "all", **options)
+    adapters = adapted(network, small(method), lambda network: network(x()), **options)
     with torch.no_grad():
         for parameter in adapters.parameters():
             parameter.add_(torch.randn_like(parameter) * 0.3)

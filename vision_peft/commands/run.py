@@ -20,6 +20,7 @@ from lightning.pytorch.utilities import rank_zero_only
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 
 from vision_peft.commands.config_errors import one_line, users_fault
+from vision_peft.commands.config_merge import merge_configs
 from vision_peft.engine.callback import AdapterCallback
 from vision_peft.engine.checkpoint import AtomicCheckpointIO, LatestCheckpoint
 from vision_peft.errors import UserError
@@ -104,7 +105,7 @@ def make_cli(command: str, argv: list[str], run: bool) -> RunCLI:
     """The parsed, instantiated and checked configuration; with `run` the subcommand is executed as well."""
     _import_catalogue()
     _quieten()
-    arguments = [command, *argv]
+    arguments = [command, *merge_configs(argv)]
     try:
         with hushed("lightning.pytorch", "lightning.fabric"):
             cli = RunCLI(

@@ -59,6 +59,7 @@ def effective_state(network: nn.Module) -> dict[str, Tensor]:
         method = found.sets[name].method
         if method.merge == "impossible":
             raise UserError(f"method {method.name} cannot be merged into the weights of the backbone")
+        found.sets[name].eval()  # what is random while training is not merged
     state: dict[str, Tensor] = dict(network.state_dict())
     if found.state.merged:
         return state

@@ -95,7 +95,8 @@ def _unfit(site: Site, reason: str) -> UserError:
 @torch.no_grad()
 def _factors(found: Installation, name: str) -> dict[tuple[str, str], _Factors]:
     """The factors of every adapted parameter, by (reader, parameter); slices of a fused projection as one block-diagonal form."""
-    adapters, named = found.sets[name], found.sets[name].named_adapters()
+    adapters = found.sets[name].eval()
+    named = adapters.named_adapters()
     by_parameter: dict[tuple[str, str], list[Site]] = {}
     for site in adapters.sites:
         by_parameter.setdefault((site.reader, site.parameter), []).append(site)

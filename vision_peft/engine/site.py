@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal
 
 from torch import Tensor, nn
@@ -126,6 +126,23 @@ def enumerate_sites(
             else:
                 add(layer, path, parameter, tensor, "other", "vector")
     return sites
+
+
+def whole_sites(sites: Sequence[Site]) -> list[Site]:
+    """Each parameter that is listed in row slices as one site more, `vision.3.attn.qkv` for q, k and v; all tensors of such layers."""
+    slices: dict[tuple[str, str], list[Site]] = {}
+    for site in sites:
+        if site.rows is not None:
+            slices.setdefault((site.reader, site.parameter), []).append(site)
+    found = []
+    for parts in slices.values():
+        parts = sorted(parts, key=lambda site: site.rows)
+        layer = parts[0].target.rpartition(".")[0]
+        target = ".".join(filter(None, [layer, "".join(part.target.rpartition(".")[2] for part in parts)]))
+        suffix = parts[0].name.removeprefix(parts[0].target)
+        shape = (parts[-1].rows[1], *parts[0].shape[1:])
+        found.append(replace(parts[0], name=target + suffix, target=target, shape=shape, rows=None))
+    return found
 
 
 def _owned(path: str, module: nn.Module, network: nn.Module) -> list[tuple[str, Tensor]]:

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from vision_peft.engine.adapter import find_method
 from vision_peft.engine.fingerprint import fingerprint
 from vision_peft.engine.install import AdapterSet, Installation, _find, _install, _known
-from vision_peft.engine.site import Site, enumerate_sites
+from vision_peft.engine.site import Site, enumerate_sites, whole_sites
 from vision_peft.engine.targets import fused_qkv
 from vision_peft.errors import UserError
 
@@ -135,7 +135,8 @@ def load_adapter(
     if config["backbone"]["fingerprint"] != there:
         described = {key: value for key, value in config["backbone"].items() if key != "fingerprint"}
         raise UserError(f"{folder}: the adapter belongs to another backbone ({described}): fingerprints differ")
-    known = {site.name: site for site in (sites if sites is not None else enumerate_sites(network, fused=fused_qkv))}
+    listed = sites if sites is not None else enumerate_sites(network, fused=fused_qkv)
+    known = {site.name: site for site in [*listed, *whole_sites(listed)]}
     unknown = [each for each in config["sites"] if each not in known]
     if unknown:
         raise UserError(f"{folder}: the backbone has no layer {unknown[0]!r}, which the adapter adapts")

@@ -9,7 +9,7 @@ from collections.abc import Callable, Iterable, Sequence
 from torch import nn
 
 from vision_peft.engine.adapter import Method
-from vision_peft.engine.site import Site
+from vision_peft.engine.site import Site, whole_sites
 from vision_peft.errors import UserError, nearest
 
 
@@ -35,7 +35,7 @@ def resolve(targets: str | Sequence[str], sites: Sequence[Site], method: Method)
     Args:
         targets: presets (`qv`, `qkv`, `attn`, `mlp`, `attn+mlp`, `conv`, `all`; `vision:qv` and `text:qv` keep to one tower) or globs
             over canonical names of layers or tensors, with braces and ranges: `vision.{6..11}.attn.{q,v}`, `text.*.mlp.*`,
-            `vision.pos_embed`. `*` also matches dots.
+            `vision.pos_embed`. `*` also matches dots. `vision.*.attn.qkv` takes a fused projection as one matrix, not as three.
 
     Raises:
         UserError: for a pattern that matches nothing (names the nearest layers), or where none matches a tensor that the method can adapt.
@@ -44,8 +44,9 @@ def resolve(targets: str | Sequence[str], sites: Sequence[Site], method: Method)
     if not wanted:
         raise UserError("adapter.targets is empty: give a preset or a pattern")
     matched: dict[str, Site] = {}
+    whole = whole_sites(sites)
     for pattern in wanted:
-        found = [site for site in sites if _matches(pattern, site)]
+        found = [site for site in sites if _matches(pattern, site)] or [site for site in whole if _matches(pattern, site)]
         if not found:
             raise UserError(_no_match(pattern, sites))
         matched |= {site.name: site for site in found}
@@ -54,7 +55,17 @@ def resolve(targets: str | Sequence[str], sites: Sequence[Site], method: Method)
         kinds, patterns = " or ".join(method.roles), ", ".join(map(repr, wanted))
         where = " of linear and attention layers" if method.reads_input else ""
         raise UserError(f"adapter.targets: {patterns} matches {len(matched)} tensors, but {method.name} adapts {kinds} tensors{where} only")
-    return [site for site in sites if site.name in chosen]
+    _refuse_twice(matched[name] for name in chosen)
+    return [site for site in [*sites, *whole] if site.name in chosen]
+
+
+def _refuse_twice(chosen: Iterable[Site]) -> None:
+    """A fused projection is adapted whole or in parts, not both."""
+    seen: dict[str, Site] = {}
+    for site in chosen:
+        other = seen.setdefault(site.path, site)
+        if other is not site and (other.rows is None or site.rows is None):
+            raise UserError(f"adapter.targets: {other.name} and {site.name} are one tensor: take it whole or in parts")
 
 
 def _matches(pattern: str, site: Site) -> bool:
