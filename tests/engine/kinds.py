@@ -43,7 +43,7 @@ class Kind:
 
     def suits(self, method: Method) -> bool:
         with torch.device("meta"):
-            return (self.shows_input or not method.reads_input) and any(method.suits(site) for site in self.sites(self.build()))
+            return (self.shows_input or not needs_view(method)) and any(method.suits(site) for site in self.sites(self.build()))
 
 
 class Fused(nn.Module):
@@ -148,6 +148,11 @@ def small(name: str) -> Method:
     cls = find_method(name)
     rank = inspect.signature(cls).parameters.get("rank")
     return cls(**({} if rank is None or rank.default is None else {"rank": 2}) | cls.tiny)
+
+
+def needs_view(method: Method) -> bool:
+    """Whether it must see what a layer multiplies, in training or beforehand."""
+    return method.reads_input or "covariance" in method.evidence
 
 
 def adapted(network: nn.Module, method: Method, run: Callable[[nn.Module], Tensor], targets: str | list[str] = "all", **options):

@@ -12,14 +12,10 @@ Scaling Factor for Fine-Tuning with LoRA", 2023; Zanella and Ben Ayed, CLIP-LoRA
 
 from __future__ import annotations
 
-from torch import nn
-
-from vision_peft.adapters._low_rank import LowRankAdapter, Scaling, require_dropout, scale_of
-from vision_peft.engine.adapter import Method
-from vision_peft.engine.site import Site
+from vision_peft.adapters._lora_like import LoRALike
 
 
-class LoRA(Method):
+class LoRA(LoRALike):
     """Low-rank adaptation.
 
     Args:
@@ -29,16 +25,4 @@ class LoRA(Method):
         dropout: probability with which the branch's inputs are dropped while training, on linear and attention layers.
     """
 
-    low_rank = True
-    kind = "low-rank"
     formula = "r (m + n)"
-
-    def __init__(self, rank: int = 8, alpha: float = 8.0, scaling: Scaling = "rank", dropout: float = 0.0) -> None:
-        self.rank, self.alpha, self.scaling, self.dropout = rank, alpha, scaling, require_dropout(dropout)
-        self.scale = scale_of(alpha, rank, scaling)
-
-    def adapter(self, site: Site, shared: nn.Module | None) -> LowRankAdapter:
-        return LowRankAdapter(site, self.rank, self.scale, self.dropout)
-
-    def count(self, site: Site) -> int:
-        return self.rank * sum(site.matrix_shape)

@@ -149,6 +149,8 @@ class Method:
     def __init_subclass__(cls, **kwargs: Any) -> None:
         super().__init_subclass__(**kwargs)
         cls.name = cls.__module__.rpartition(".")[2]
+        if cls.name.startswith("_"):  # what several methods have in common is none itself
+            return
         known = Method.registry.get(cls.name)
         if known is not None and known.__qualname__ != cls.__qualname__:
             raise TypeError(f"two methods are called {cls.name!r}: {known.__qualname__} and {cls.__qualname__}")

@@ -42,6 +42,8 @@ def collect(
     statistics = [(buffer, buffer.clone()) for buffer in network.buffers()]  # of batch norms in training mode
     state.observer = lambda site, x: _accumulate(moments, site, network, x.detach())
     count = 0
+    fastpath = torch.backends.mha.get_fastpath_enabled()
+    torch.backends.mha.set_fastpath_enabled(False)  # a fused encoder layer calls no layer whose input could be seen
     try:
         for parameter in parameters.values():
             parameter.requires_grad_(True)
@@ -64,6 +66,7 @@ def collect(
             found[site.name].covariance = total / rows
         return found
     finally:
+        torch.backends.mha.set_fastpath_enabled(fastpath)
         for reader in readers:
             reader.remove()
         for path, parameter in parameters.items():
