@@ -13,7 +13,7 @@ import yaml
 from torch import nn
 
 from vision_peft.cli import main
-from vision_peft.engine.adapter import Adapter, Method, find_method
+from vision_peft.engine.adapter import Adapter, Method, find_method, method_names
 from vision_peft.engine.contract import CHECKS, run_contract
 from vision_peft.engine.install import attach
 from vision_peft.engine.site import enumerate_sites
@@ -68,6 +68,16 @@ def test_the_example_is_what_its_text_says(method):
 
 def test_the_yaml_names_the_example(method):
     assert yaml.safe_load(block("yaml")) == {"adapter": {"method": {"class_path": method.__name__}}}
+
+
+def test_the_methods_page_is_what_the_command_prints(capsys):
+    """Written by `vision-peft methods --markdown > docs/methods.md`."""
+    assert main(["methods", "--markdown"]) == 0
+    assert (ROOT / "docs" / "methods.md").read_text() == capsys.readouterr().out
+
+
+def test_every_method_says_when_to_choose_it():
+    assert not [name for name in method_names() if not find_method(name).advice.endswith(".")]
 
 
 def test_the_page_tells_the_whole_contract():

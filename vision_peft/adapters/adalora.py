@@ -89,6 +89,7 @@ class AdaLoRA(Method):
     low_rank = True
     kind = "low-rank"
     formula = "r_0 (m + n) + r_0"
+    advice = "a fixed budget of ranks should find the layers that need them, and runs take hundreds of steps."
 
     def __init__(
         self,

@@ -143,6 +143,7 @@ class BayesianLoRA(Method):
     source = "abstract"
     steps_to_train = 3  # gates start open for certain: the penalty moves them, and it is zero at the first step
     formula = "r (m + n) + 2 r + 2 (k + 1)"
+    advice = "the adapter itself must be small: bits and ranks are learned, and exported as codes."
 
     def __init__(
         self,

@@ -24,6 +24,7 @@ class BitFit(Method):
     roles = ("bias",)
     kind = "bias"
     formula = "m"
+    advice = "a few thousand numbers must do, or as the cheapest baseline after the linear probe."
 
     def __init__(self) -> None: ...
 

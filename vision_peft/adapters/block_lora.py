@@ -52,6 +52,7 @@ class BlockLoRA(Method):
     kind = "low-rank"
     source = "abstract"
     formula = "r n / N + r m"
+    advice = "CLIP few-shot at LoRA's accuracy with fewer numbers."
 
     def __init__(
         self, rank: int = 2, blocks: int = 2, alpha: float = 1.0, scaling: Scaling = "sqrt_rank", dropout: float = 0.25

@@ -70,6 +70,7 @@ class BOFT(Method):
     kind = "rotation"
     source = "code"
     formula = "factors * n (b - 1) / 2 + m"
+    advice = "orthogonal adaptation should mix all inputs with fewer numbers than OFT at equal block size."
 
     def __init__(self, block_size: int = 4, factors: int = 2, block_dropout: float = 0.0, magnitude: bool = True) -> None:
         if block_size < 2 or block_size % 2:

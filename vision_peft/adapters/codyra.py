@@ -45,6 +45,7 @@ class CoDyRA(Method):
     low_rank = True
     kind = "gated"
     formula = "r (m + n + 1)"
+    advice = "the same CLIP is adapted to one task after another and must not forget: unimportant ranks are dropped before each merge."
 
     def __init__(self, rank: int = 16, kappa: float = 5e-3, levels: int = 50, dense: float = 0.5, prox: Prox = "paper") -> None:
         if rank < 1:

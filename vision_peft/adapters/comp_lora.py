@@ -73,6 +73,7 @@ class CompLoRA(Method):
     kind = "low-rank"
     source = "abstract"
     formula = "r (m + n)"
+    advice = "zero-shot knowledge should survive few-shot training: the weights' principal directions are left alone."
 
     def __init__(
         self,

@@ -62,6 +62,7 @@ class CorDA(Started):
         damping: what is added to the diagonal of C, of its mean; positive.
     """
 
+    advice = "calibration data of the knowledge to keep, or of the task to learn, is at hand."
     evidence = ("covariance",)
 
     def __init__(

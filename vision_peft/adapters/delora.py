@@ -76,6 +76,7 @@ class DeLoRA(Method):
     low_rank = True
     kind = "low-rank"
     formula = "r (m + n) + 1"
+    advice = "training must be robust to a large learning rate: the strength of the update is bounded by a trained norm."
 
     def __init__(self, rank: int = 8, strength: float = 15.0) -> None:
         if rank < 1:

@@ -68,6 +68,7 @@ class DeltaLoRA(LoRALike):
         start: K, the optimizer step after which the weight follows.
     """
 
+    advice = "runs are long and a plain LoRA stays behind full fine-tuning."
     tiny = {"start": 1}
 
     def __init__(self, rank: int = 8, alpha: float = 8.0, scaling: Scaling = "rank", rho: float = 2.0, start: int = 500) -> None:

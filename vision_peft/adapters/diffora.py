@@ -133,6 +133,7 @@ class DiffoRA(Method):
     source = "abstract"
     steps_to_train = 24  # in the search pairs, logits and pairs again must have had their turn, and after it the pairs in use
     formula = "r (m + n)"
+    advice = "it is not known which of q, k, v, out and the MLP deserve a LoRA."
 
     def __init__(
         self,

@@ -52,6 +52,7 @@ class DoRA(Method):
 
     kind = "low-rank"
     formula = "r (m + n) + m"
+    advice = "LoRA at a low rank falls short of full fine-tuning; costs little more here."
 
     def __init__(self, rank: int = 8, alpha: float = 8.0, scaling: Scaling = "rank", dropout: float = 0.0) -> None:
         self.rank, self.alpha, self.scaling, self.dropout = rank, alpha, scaling, require_dropout(dropout)

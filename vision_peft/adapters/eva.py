@@ -59,6 +59,7 @@ class EVA(LoRALike):
 
     evidence = ("covariance",)
     formula = "R (m + n), R = min(round(rho r), m, n)"
+    advice = "activations of the task are cheap to collect: ranks go where the inputs vary."
 
     def __init__(self, rank: int = 8, alpha: float = 8.0, scaling: Scaling = "rank", dropout: float = 0.0, rho: float = 2.0) -> None:
         super().__init__(rank, alpha, scaling, dropout)

@@ -24,6 +24,7 @@ class Full(Method):
     roles = ("weight", "bias", "other")
     kind = "dense"
     formula = "m n"
+    advice = "data is plentiful, or as the upper baseline; the file is as large as what it adapts."
 
     def __init__(self) -> None: ...
 

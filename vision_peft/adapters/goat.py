@@ -90,6 +90,7 @@ class GOAT(Method):
     identity_at_init = False
     kind = "mixture"
     formula = "r (m + n) + E n"
+    advice = "several experts should start from different parts of the spectrum, and no merging is needed."
     tiny = {"rank": 4, "experts": 2, "top_k": 2}  # no ties to break between float32 and bfloat16
 
     def __init__(

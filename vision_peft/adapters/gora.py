@@ -84,6 +84,7 @@ class GoRA(LoRALike):
     evidence = ("gradient",)
     identity_at_init = False
     formula = "R (m + n), R = min(max_rank, m, n)"
+    advice = "one calibration pass may decide both ranks and start."
 
     def __init__(
         self,

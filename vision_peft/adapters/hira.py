@@ -48,6 +48,7 @@ class HiRA(Method):
 
     kind = "low-rank"
     formula = "r (m + n)"
+    advice = "an update of high rank is wanted at LoRA's cost in numbers."
 
     def __init__(self, rank: int = 8, scale: float = 1.0) -> None:
         if rank < 1:

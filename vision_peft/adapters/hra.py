@@ -79,6 +79,7 @@ class HRA(Method):
     low_rank = True
     kind = "rotation"
     formula = "r n"
+    advice = "an orthogonal update is wanted at the cost of LoRA, and exported as one."
 
     def __init__(self, rank: int = 8, penalty_weight: float = 0.0, orthogonal: bool = False) -> None:
         if rank < 1:

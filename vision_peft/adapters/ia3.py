@@ -71,6 +71,7 @@ class IA3(Method):
 
     kind = "scaling"
     formula = "m (output) or n (input)"
+    advice = "the fewest numbers that still touch every layer, a gain for each output."
 
     def __init__(self, side: Side = "conventional") -> None:
         if side not in ("conventional", "output", "input"):

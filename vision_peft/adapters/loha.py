@@ -59,6 +59,7 @@ class LoHa(Method):
     kind = "low-rank"
     low_rank = False  # of rank r^2, and in factored form only where that is small
     formula = "2 r (m + n)"
+    advice = "rank r squared at the price of two LoRAs of rank r."
 
     def __init__(self, rank: int = 8, alpha: float = 8.0) -> None:
         self.rank, self.alpha = rank, alpha

@@ -72,6 +72,7 @@ class LoKr(Method):
 
     kind = "kronecker"
     formula = "m1 n1 + r (m2 + n2)"
+    advice = "very small files, and layers whose widths factorise well."
 
     def __init__(self, rank: int = 8, alpha: float = 8.0, factor: int | None = None, decompose_both: bool = False) -> None:
         if factor is not None and factor < 1:

@@ -83,6 +83,7 @@ class LoLDU(Method):
 
     kind = "scaling"
     formula = "r + 1, r = min(m, n) by default"
+    advice = "hundreds of numbers a layer must do and a high learning rate is fine."
 
     def __init__(self, rank: int | None = None, alpha: float | None = None, init: Init = "uniform", train_sigma: bool = True) -> None:
         if init not in get_args(Init):

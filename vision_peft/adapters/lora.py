@@ -26,3 +26,4 @@ class LoRA(LoRALike):
     """
 
     formula = "r (m + n)"
+    advice = "nothing is known yet: the default to beat."

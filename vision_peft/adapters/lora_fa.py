@@ -68,6 +68,7 @@ class LoRAFA(Method):
     low_rank = True
     kind = "low-rank"
     formula = "r m"
+    advice = "half of LoRA's trained state should do."
 
     def __init__(
         self, rank: int = 8, alpha: float = 8.0, scaling: Scaling = "rank", dropout: float = 0.0, projected: bool = False

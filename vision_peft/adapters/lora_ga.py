@@ -90,6 +90,7 @@ class LoRAGA(Started):
         norm_clip: keep the start below the weight's largest entry.
     """
 
+    advice = "LoRA starts too slowly: a calibration gradient points the first steps."
     evidence = ("gradient",)
 
     def __init__(

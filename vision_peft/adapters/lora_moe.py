@@ -53,6 +53,7 @@ class LoRAMoE(Method):
     merge = "impossible"
     kind = "mixture"
     formula = "E ceil(r / E) (m + n) + E n"
+    advice = "inputs differ in kind and no merging is needed."
     tiny = {"experts": 3, "top_k": 3}  # no ties to break between float32 and bfloat16
 
     def __init__(

@@ -57,6 +57,7 @@ class LoRAOne(LoRALike):
         offset: subtract the start, so that training begins at the pretrained network.
     """
 
+    advice = "few steps are affordable and a calibration gradient is at hand."
     evidence = ("gradient",)
     identity_at_init = False
 

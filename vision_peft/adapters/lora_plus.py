@@ -31,6 +31,8 @@ class LoRAPlus(LoRALike):
         ratio: learning rate of B over that of A, at least 1; 1 is LoRA.
     """
 
+    advice = "LoRA trains too slowly in wide layers."
+
     def __init__(
         self, rank: int = 8, alpha: float = 8.0, scaling: Scaling = "rank", dropout: float = 0.0, ratio: float = 16.0
     ) -> None:

@@ -41,6 +41,8 @@ class LoRAPro(LoRALike):
         scaling, dropout: as LoRA.
     """
 
+    advice = "LoRA's path should follow full fine-tuning's, at the price of small solves a step."
+
     def __init__(self, rank: int = 8, alpha: float = 16.0, scaling: Scaling = "rank", dropout: float = 0.0) -> None:
         super().__init__(rank, require_alpha(alpha), scaling, dropout)
 

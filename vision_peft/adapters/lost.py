@@ -130,6 +130,7 @@ class LOST(Method):
     kind = "pre-training"
     source = "abstract"
     formula = "r (m + n) + m max(1, floor(density n))"
+    advice = "training from scratch with low-rank plus channel-sparse weights."
     identity_at_init = False
     reads_input = True  # this and `merge`: with the activation, the default
     merge = "impossible"

@@ -51,6 +51,7 @@ class MELoRA(LoRALike):
     """
 
     formula = "r (m + n) / N"
+    advice = "high rank at a fraction of LoRA's numbers."
 
     def __init__(self, rank: int = 8, alpha: float = 8.0, scaling: Scaling = "rank", dropout: float = 0.0, minis: int = 2) -> None:
         if minis < 1 or rank % minis:

@@ -39,5 +39,7 @@ class MiLoRA(Started):
         dropout: probability with which the branch's inputs are dropped while training, on linear and attention layers.
     """
 
+    advice = "what the weights hold most strongly must stay: the smallest directions are trained."
+
     def adapter(self, site: Site, shared: nn.Module | None) -> MiLoRAAdapter:
         return MiLoRAAdapter(site, self.rank, self.scale, self.dropout)

@@ -61,6 +61,7 @@ class MoRA(Method):
 
     kind = "dense"
     formula = "q^2, q = round(sqrt(r (m + n))), at most min(m, n)"
+    advice = "a square matrix of high rank at LoRA's number of numbers."
 
     def __init__(self, rank: int = 8) -> None:
         if rank < 1:

@@ -55,6 +55,7 @@ class MoSLoRA(LoRALike):
     """
 
     formula = "r (m + n) + r^2"
+    advice = "LoRA, plus a little freedom to mix its subspaces."
 
     def __init__(
         self, rank: int = 8, alpha: float = 8.0, scaling: Scaling = "rank", dropout: float = 0.0, mixer: Mixer = "kaiming"

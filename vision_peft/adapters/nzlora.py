@@ -55,6 +55,8 @@ class NZLoRA(LoRALike):
         offset: subtract the start, so that training begins at the pretrained network.
     """
 
+    advice = "LoRA's stalled first steps are the problem: both factors start away from zero."
+
     def __init__(
         self,
         rank: int = 8,

@@ -74,6 +74,7 @@ class OFT(Method):
     kind = "rotation"
     source = "code"
     formula = "n (b - 1) / 2"
+    advice = "angles between neurons should be kept, as in adapting generators."
     tiny = {"block_size": 4}
 
     def __init__(

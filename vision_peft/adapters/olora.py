@@ -40,5 +40,7 @@ class OLoRA(LoRALike):
         dropout: probability with which the branch's inputs are dropped while training, on linear and attention layers.
     """
 
+    advice = "a LoRA start from the weights without an SVD."
+
     def adapter(self, site: Site, shared: nn.Module | None) -> OLoRAAdapter:
         return OLoRAAdapter(site, self.rank, self.scale, self.dropout)

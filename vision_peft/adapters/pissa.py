@@ -38,5 +38,7 @@ class PiSSA(Started):
         dropout: probability with which the branch's inputs are dropped while training, on linear and attention layers.
     """
 
+    advice = "LoRA converges too slowly: the principal directions are trained; take a smaller learning rate."
+
     def adapter(self, site: Site, shared: nn.Module | None) -> PiSSAAdapter:
         return PiSSAAdapter(site, self.rank, self.scale, self.dropout)

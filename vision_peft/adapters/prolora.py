@@ -76,6 +76,7 @@ class ProLoRA(Method):
     low_rank = True
     kind = "low-rank"
     formula = "u (m + n) + (r - u)(n / p + m / q)"
+    advice = "LoRA's numbers should be halved by sharing within a layer."
     tiny = {"rank": 4, "unshared_rank": 1, "repeats_in": 2, "repeats_out": 2}  # a rank of 2 has one shared rank: nothing to turn
 
     def __init__(

@@ -93,6 +93,7 @@ class RaSA(Method):
     low_rank = True
     kind = "low-rank"
     formula = "(r - k)(m + n + 1), beside the pools"
+    advice = "layers are alike: ranks are shared across them."
 
     def __init__(self, rank: int = 8, shared_rank: int = 1, alpha: float = 8.0, dropout: float = 0.0) -> None:
         scale_of(alpha, rank, "rank")  # refuses a rank below 1

@@ -76,6 +76,7 @@ class ReLoRA(LoRALike):
         pruning: which: `magnitude` for the smallest, `random`.
     """
 
+    advice = "long training, where a sum of many low-rank updates should reach high rank."
     low_rank = False
     steps_to_train = 3  # so that the contract sees a restart after the second step and a step after it
     tiny = {"every": 2}

@@ -24,5 +24,7 @@ class RsLoRA(LoRALike):
         dropout: probability with which the branch's inputs are dropped while training, on linear and attention layers.
     """
 
+    advice = "ranks of 32 and more."
+
     def __init__(self, rank: int = 8, alpha: float = 8.0, dropout: float = 0.0) -> None:
         super().__init__(rank, alpha, "sqrt_rank", dropout)

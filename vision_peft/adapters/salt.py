@@ -103,6 +103,7 @@ class SALT(Method):
 
     kind = "svd"
     formula = "2 r + 2 q (min(m, n) - r)"
+    advice = "segmentation and other domains far from pre-training: scales, shifts and a low-rank tail of the spectrum."
     tiny = {"tail_rank": 2}
 
     def __init__(

@@ -66,6 +66,7 @@ class ShareLoRA(Method):
     low_rank = True
     kind = "low-rank"
     formula = "r m (share A), r n (share B) or 0, beside the shared ones"
+    advice = "LoRA's file should shrink by sharing one factor among all layers."
 
     def __init__(
         self, rank: int = 8, share: Share = "A", alpha: float = 8.0, scaling: Scaling = "rank", dropout: float = 0.0

@@ -53,6 +53,7 @@ class SineLoRA(Method):
     """
 
     formula = "r (m + n)"
+    advice = "high rank out of low-rank factors at no more numbers."
 
     def __init__(self, rank: int = 8, alpha: float = 8.0, omega: float = 200.0, gain: float | None = None) -> None:
         if not omega > 0:

@@ -85,6 +85,7 @@ class SLTrain(Method):
 
     kind = "pre-training"
     formula = "r (m + n) + int(density m n), 1 more with trainable_scaling"
+    advice = "pre-training from scratch in little memory: low-rank plus random sparse weights."
     identity_at_init = False
 
     def __init__(

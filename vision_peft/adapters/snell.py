@@ -102,6 +102,7 @@ class SNELL(Method):
 
     kind = "sparse"
     formula = "r (m + n), 2 more with learn_alpha"
+    advice = "tasks differ from pre-training in a few weights: the strongest entries compete."
     identity_at_init = False
 
     def __init__(

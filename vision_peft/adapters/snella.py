@@ -123,6 +123,7 @@ class SNELLA(Method):
 
     kind = "sparse"
     formula = "r (m + n) + 3"
+    advice = "as SNELL, with the sparsity budget moving between layers while training."
     identity_at_init = False
 
     def __init__(

@@ -129,6 +129,7 @@ class SoKA(Method):
     kind = "kronecker"
     source = "abstract"
     formula = "r (m1 n1 + m2 n2), m = m1 m2, n = n1 n2"
+    advice = "the spectrum should decide how many Kronecker products each layer trains."
     tiny = {"selection": "energy", "energy": 1.0, "max_rank": 2}
 
     def __init__(

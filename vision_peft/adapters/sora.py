@@ -66,6 +66,7 @@ class SoRA(Method):
     low_rank = True
     kind = "gated"
     formula = "r (m + n) + r"
+    advice = "the rank should be found by training: start high, prune at export."
 
     def __init__(
         self,

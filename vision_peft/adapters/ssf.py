@@ -76,6 +76,7 @@ class SSF(Method):
     kind = "scaling"
     source = "abstract"
     formula = "m a weight, m a bias"
+    advice = "shifts of feature statistics are the problem: a scale and a shift for every channel."
 
     def __init__(self) -> None: ...
 

@@ -61,6 +61,7 @@ class SVFit(Method):
     low_rank = False  # of rank r, but with a basis that belongs to this one weight: exported as a LoRA only by truncation
     source = "abstract"
     formula = "r, min(m, n) by default"
+    advice = "a few hundred numbers a layer, in the weight's own directions."
 
     def __init__(self, rank: int | None = None) -> None:
         self.rank = rank

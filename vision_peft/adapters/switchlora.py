@@ -134,6 +134,7 @@ class SwitchLoRA(Method):
 
     kind = "low-rank"
     formula = "r (m + n)"
+    advice = "pre-training from scratch at LoRA's memory: factors are exchanged as training goes."
 
     def __init__(self, rank: int = 8, alpha: float = 1.0, interval: float = 40.0, decay: float = 0.1, freeze: int = 5) -> None:
         if freeze < 0:

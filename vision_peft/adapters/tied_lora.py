@@ -56,6 +56,7 @@ class TiedLoRA(Method):
     kind = "low-rank"
     source = "abstract"
     formula = "m + r, beside the shared pair"
+    advice = "the smallest LoRA: one pair for all layers."
 
     def __init__(self, rank: int = 8, alpha: float = 8.0, scaling: Scaling = "rank", dropout: float = 0.0) -> None:
         self.rank, self.alpha, self.scaling, self.dropout = rank, alpha, scaling, require_dropout(dropout)
