@@ -123,7 +123,7 @@ def test_gradients_of_locations(shape, size):
         down = 0.5 * a * float(K[min(row + 1, p - 1), col] - K[max(row - 1, 0), col])
         right = 0.5 * a * float(K[row, min(col + 1, q - 1)] - K[row, max(col - 1, 0)])
         for axis, (slope, side) in enumerate(((down, p - 1), (right, q - 1))):
-            outside = not 0 <= float(adapter.locations[axis, k]) <= 1
+            outside = not 0 <= adapter.locations[axis, k].item() <= 1
             clamped += abs(slope) > 1 and not outside
             expected = 0.0 if outside else max(-1.0, min(1.0, slope)) * side
             assert float(found["locations"][axis, k]) == pytest.approx(expected, abs=1e-11)

@@ -92,6 +92,15 @@ def test_another_worker_takes_only_what_is_left(files, tmp_path):
     assert states.count(TrialState.COMPLETE) == 2 and states.count(TrialState.PRUNED) == 1
 
 
+def test_a_trial_whose_worker_died_before_it_could_sign_is_run_again(files, tmp_path):
+    ours = study(files, tmp_path, "none", rates=[0.001], seeds=[1])
+    ours._enqueue(("choose", "none", 0.001, 1))
+    ours.study.ask()
+    ours.reclaim(failed_too=False)
+    ours.work()
+    assert [row["phase"] for row in ours.rows()] == ["choose", "report"] and not any("error" in row for row in ours.rows())
+
+
 def test_killed_and_started_again(files, tmp_path):
     folder = tmp_path / "out"
     words = ["--config", files["task"], "--methods", files["none"], files["lora"], "--lrs", "0.001", "0.01", "--seeds", "1"]

@@ -48,6 +48,7 @@ class C3A(Method):
     """
 
     formula = "m n / b"
+    advice = "high rank is wanted at a vector's cost and the widths have a common divisor."
 
     def __init__(self, block_size: int = 256) -> None:
         self.block_size = require_positive("block_size", block_size)

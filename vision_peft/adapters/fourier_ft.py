@@ -88,6 +88,7 @@ class FourierFT(Method):
     kind = "frequency"
     identity_at_init = False  # of the default; instances say what their init gives
     formula = "k"
+    advice = "a thousand numbers a layer should give an update of any rank."
     tiny = {"coefficients": 24, "scaling": 10.0}
 
     def __init__(self, coefficients: int = 1000, scaling: float = 150.0, init: Init = "normal") -> None:

@@ -112,6 +112,7 @@ class LoCA(Method):
 
     kind = "frequency"
     formula = "3 c (c coefficients, 2 c positions)"
+    advice = "a frequency method should also learn which frequencies; needs runs of a hundred steps and more."
     tiny = {"coefficients": 24, "coefficient_steps": 1, "location_steps": 1, "location_share": 0.5}
 
     def __init__(

@@ -57,6 +57,7 @@ class LoRASB(Method):
     kind = "low-rank"
     identity_at_init = False
     formula = "r^2"
+    advice = "a few hundred numbers a layer, started where the first full step would go."
 
     def __init__(self, rank: int = 32, eta: float = 1e-4, dropout: float = 0.0) -> None:
         if rank < 1:

@@ -57,6 +57,7 @@ class LoRAXS(Method):
     kind = "svd"
     identity_at_init = False  # R starts near zero only
     formula = "r^2"
+    advice = "a few hundred numbers a layer without any calibration data."
 
     def __init__(self, rank: int = 32, alpha: float | None = None, init_std: float = 1e-5, dropout: float = 0.0) -> None:
         if init_std < 0:

@@ -74,6 +74,7 @@ class NOLA(Method):
     low_rank = True
     kind = "random-basis"
     formula = "2 k"
+    advice = "a file of a few hundred kilobytes for a large model, whatever the rank."
 
     def __init__(
         self, rank: int = 8, bases: int = 512, alpha: float = 8.0, variant: Literal["language", "vision"] = "language"

@@ -79,6 +79,7 @@ class RandLoRA(Method):
 
     kind = "random-basis"
     formula = "N (r + min(m, n)), N = ceil(min(m, n) / r)"
+    advice = "LoRA saturates as rank grows and full rank is wanted from a small file."
 
     def __init__(
         self,

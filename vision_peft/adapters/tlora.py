@@ -25,19 +25,19 @@ project's, the penalties the paper's. A third residual of that code, a ring of (
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
 
 from vision_peft.adapters._low_rank import require_rank, scale_of
+from vision_peft.adapters._tensor_ring import chain, gram_core, identity_core, most_equal, times_ring
 from vision_peft.engine.adapter import Adapter, Evidence, Factored, Method
 from vision_peft.engine.site import Site
 from vision_peft.errors import UserError
 
 Residual = Literal["lora", "ring"]
-Cores = Sequence[Tensor]
 _PUBLISHED = {320: (4, 8, 10)}  # of the widths in the paper's models the one that is not split as equally as it can be
 _LARGEST_FACTOR = 64
 
@@ -61,7 +61,7 @@ class TLoRAAdapter(Adapter):
 
     def initialize(self, W: Tensor, evidence: Evidence) -> None:
         for core, start in zip(self.transform, self.starts()):
-            start.copy_(_identity(core))
+            start.copy_(identity_core(core))
             if self.noise > 0:
                 _add_normal(start, self.noise, evidence.generator)
             core.copy_(start)
@@ -98,7 +98,7 @@ class TLoRAAdapter(Adapter):
         """(m, R), (R, n); of a ring (m, R^2), (R^2, n): the trace is a sum over the two bonds between outputs and inputs."""
         if not self.ring:
             return self.scale * self.B, self.A
-        left, right = _chain(self.B), _chain(self.C)
+        left, right = chain(self.B), chain(self.C)
         return self.scale * left.flatten(1), right.mT.flatten(1).mT
 
     def penalty(self) -> Tensor | float:
@@ -108,47 +108,15 @@ class TLoRAAdapter(Adapter):
         if identity > 0:
             total = identity * sum(_norms(core - start, (0, 1)).sum() for core, start in zip(self.transform, self.starts()))
         if orthogonal > 0:
-            total = total + orthogonal * sum(_norms(_gram(core), (2, 3)).sum() for core in self.transform)
+            total = total + orthogonal * sum(_norms(gram_core(core), (2, 3)).sum() for core in self.transform)
         return total
 
     def fingerprint(self) -> Tensor | None:
         """Marks of the noise, which is drawn anew on load."""
         if not (self.noise > 0 and len(self.transform)):
             return None
-        noise = [((start - _identity(start)) / self.noise).flatten() for start in self.starts()]
+        noise = [((start - identity_core(start)) / self.noise).flatten() for start in self.starts()]
         return torch.stack([each @ torch.cos(1.7 * torch.arange(len(each)).to(each)) for each in noise])
-
-
-def times_ring(W: Tensor, cores: Cores) -> Tensor:
-    """W T (m, n) for the cores of T, without T: first core by first core, the product of the others at once. Two matrix products."""
-    head, tail = cores[0], cores[1]  # (I_1, J_1, r_0, r_1); (I, J, r_1, r_0), grown over the rest
-    for core in cores[2:]:
-        tail = torch.einsum("ijrs,klst->ikjlrt", tail, core).flatten(0, 1).flatten(1, 2)
-    (first, _, R, _), rest, m = head.shape, len(tail), len(W)
-    left = head.permute(1, 2, 3, 0).reshape(first * R * R, first)
-    right = tail.permute(3, 2, 0, 1).reshape(R * R * rest, rest)
-    # bmm, since matmul chooses its order of summation by requires_grad, and the start would not cancel to the last bit
-    mixed = torch.bmm(left.expand(m, -1, -1), W.view(m, first, rest))  # (m, J_1 r_0 r_1, I)
-    return (mixed.view(m * first, R * R * rest) @ right).view(W.shape)
-
-
-def _chain(cores: Cores) -> Tensor:
-    """Products of the cores' matrices for all indices (I_1 ... I_D, R, R), index 1 the slowest."""
-    product = cores[0]
-    for core in cores[1:]:
-        product = (product[:, None] @ core).flatten(0, 1)
-    return product
-
-
-def _identity(core: Tensor) -> Tensor:
-    """I / R for every pair of bonds (I, I, R, R), of which a ring gives the identity."""
-    return torch.eye(len(core)).to(core)[:, :, None, None].expand_as(core) / core.shape[-1]
-
-
-def _gram(core: Tensor) -> Tensor:
-    """(I, I, R^2, R^2): the core of T T^T less that of the identity, sum_l A[i, l] (x) A[j, l] - delta_ij / R^2."""
-    products = torch.einsum("ilrs,jltu->ijrtsu", core, core).flatten(4, 5).flatten(2, 3)
-    return products - _identity(products)
 
 
 def _norms(values: Tensor, dims: tuple[int, int]) -> Tensor:
@@ -177,6 +145,7 @@ class TLoRA(Method):
 
     kind = "kronecker"
     formula = "R_T^2 sum I_d^2 + R (m + n)"
+    advice = "a transform on one side plus a residual is wanted, as in adapting generators to a subject."
 
     def __init__(
         self,
@@ -218,7 +187,7 @@ class TLoRA(Method):
         for given in self.factors or []:
             if math.prod(given) == size:
                 return (1, *given) if len(given) == 1 else tuple(given)
-        found = _PUBLISHED.get(size) or _most_equal(size)
+        found = _PUBLISHED.get(size) or most_equal(size)
         if max(found) > _LARGEST_FACTOR:
             split = " x ".join(map(str, found))
             raise UserError(
@@ -247,10 +216,3 @@ class TLoRA(Method):
         if self.residual == "lora":
             return transform + self.rank * sum(site.matrix_shape)
         return transform + self.rank**2 * sum(sum(self.factors_of(site, side)) for side in (0, 1))
-
-
-def _most_equal(size: int) -> tuple[int, int, int]:
-    """Three ascending factors of the smallest sum."""
-    divisors = [d for d in range(1, size + 1) if size % d == 0]
-    triples = [(a, b, size // (a * b)) for a in divisors for b in divisors if a <= b and size % (a * b) == 0 and b <= size // (a * b)]
-    return min(triples, key=sum)

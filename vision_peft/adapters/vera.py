@@ -64,6 +64,7 @@ class VeRA(Method):
     kind = "random-basis"
     low_rank = False  # of rank r, but r is large here and each layer would be exported with a copy of the shared pair
     formula = "m + r"
+    advice = "the smallest file that still has a vector for every layer; take a learning rate ten times LoRA's."
 
     def __init__(self, rank: int = 256, d_initial: float = 0.1, dropout: float = 0.0) -> None:
         self.rank, self.d_initial, self.dropout = require_positive("rank", rank), d_initial, require_dropout(dropout)

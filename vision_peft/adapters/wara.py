@@ -132,6 +132,7 @@ class WaRA(Method):
     kind = "wavelet"
     source = "abstract"
     formula = "r (m + n) / 2; a pair for every band, or r^2"
+    advice = "half of LoRA's numbers at equal rank."
 
     def __init__(
         self, rank: int = 8, alpha: float = 8.0, mode: Mode = "shared", wavelet: str = "haar", bands: list[str] | None = None

@@ -95,6 +95,7 @@ class WaRATokens(Method):
     reads_input = True
     merge = "impossible"
     formula = "r (m + n) + 4"
+    advice = "features are spatial and subbands should have gains of their own; cannot be merged."
     tiny = {"grid": [1, 2]}
 
     def __init__(self, rank: int = 8, alpha: float = 8.0, wavelet: str = "haar", grid: list[int] | None = None) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import shutil
 import socket
+import time
 import traceback
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,6 +20,7 @@ from vision_peft.commands.compare_trial import run_trial
 from vision_peft.errors import UserError
 
 STUDY = "compare"
+SIGNING = 5.0  # seconds within which a worker that has taken a trial has put its name to it, unless it was killed in between
 Key = tuple[str, str, float, int]  # phase, method, learning rate, seed
 
 
@@ -130,9 +132,12 @@ class Study:
 
     def reclaim(self, failed_too: bool) -> None:
         """Give up trials whose process on this machine is gone, so that they run again; on request, failed ones as well."""
+        if any(trial.state == TrialState.RUNNING and "worker" not in trial.user_attrs for trial in self._trials().values()):
+            time.sleep(SIGNING)
         for trial in self._trials().values():
             host, _, process = trial.user_attrs.get("worker", "").partition(":")
-            orphan = trial.state == TrialState.RUNNING and host == socket.gethostname() and not Path(f"/proc/{process}").exists()
+            gone = not host or (host == socket.gethostname() and not Path(f"/proc/{process}").exists())
+            orphan = trial.state == TrialState.RUNNING and gone
             if orphan:
                 self.study.tell(trial.number, state=TrialState.FAIL)
             if orphan or (failed_too and trial.state == TrialState.FAIL):
