@@ -11,7 +11,8 @@ from torch import nn
 
 from vision_peft.adapters.diffora import DiffoRA, layer_and_type
 from vision_peft.engine.adapter import Clock
-from vision_peft.engine.install import AdapterSet, attach, merge, unmerge
+from vision_peft.engine.adapter_set import AdapterSet
+from vision_peft.engine.install import attach, merge, unmerge
 from vision_peft.engine.store import load_adapter, save_adapter
 from vision_peft.errors import UserError
 

@@ -13,7 +13,8 @@ from torchvision.transforms import v2
 
 from vision_peft.backbones.vit import Vit
 from vision_peft.engine.adapter import Adapter
-from vision_peft.engine.readers import State, make_reader
+from vision_peft.engine.readers import make_reader
+from vision_peft.engine.views import State
 from vision_peft.errors import UserError
 
 SMALL = {

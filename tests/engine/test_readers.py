@@ -10,7 +10,8 @@ from torch import nn
 
 from vision_peft.engine.adapter import find_method
 from vision_peft.engine.install import activate, adapters_off, attach, detach, installed, merge, unmerge
-from vision_peft.engine.readers import AttentionReader, FusedReader, LinearReader, State, make_reader
+from vision_peft.engine.readers import AttentionReader, FusedReader, LinearReader, make_reader
+from vision_peft.engine.views import State
 from vision_peft.errors import UserError
 
 BATCH, LENGTH, WIDTH, HEADS = 2, 5, 16, 4

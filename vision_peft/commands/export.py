@@ -16,8 +16,8 @@ from torch import Tensor, nn
 
 from vision_peft.commands.networks import find_folders, on_random_input, rebuild
 from vision_peft.commands.parser import CommandParser
+from vision_peft.engine.adapter_set import AdapterSet
 from vision_peft.engine.as_lora import as_lora
-from vision_peft.engine.install import AdapterSet
 from vision_peft.engine.merged import save_merged
 from vision_peft.engine.peft_layout import save_peft
 from vision_peft.engine.store import CARD, CONFIG, WEIGHTS, load_adapter, read_tensors, replace_folder

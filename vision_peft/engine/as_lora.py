@@ -8,7 +8,8 @@ import torch
 from torch import nn
 
 from vision_peft.engine.adapter import find_method
-from vision_peft.engine.install import AdapterSet, _find, _known, attach
+from vision_peft.engine.adapter_set import AdapterSet
+from vision_peft.engine.install import _find, _known, attach
 from vision_peft.errors import UserError
 from vision_peft.linalg.svd import thin_svd
 

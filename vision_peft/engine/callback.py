@@ -11,8 +11,9 @@ import torch
 from lightning.pytorch.utilities import rank_zero_info, rank_zero_only
 
 from vision_peft.engine.adapter import Clock, Method
+from vision_peft.engine.adapter_set import AdapterSet
 from vision_peft.engine.evidence import collect
-from vision_peft.engine.install import AdapterSet, attach, installed
+from vision_peft.engine.install import attach, installed
 from vision_peft.engine.store import save_adapter
 from vision_peft.engine.targets import resolve, table
 from vision_peft.errors import UserError

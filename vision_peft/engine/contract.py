@@ -16,8 +16,9 @@ import torch
 from torch import Tensor, nn
 
 from vision_peft.engine.adapter import Clock, Method, trainable
+from vision_peft.engine.adapter_set import AdapterSet
 from vision_peft.engine.evidence import collect
-from vision_peft.engine.install import AdapterSet, adapters_off, attach, merge, unmerge
+from vision_peft.engine.install import adapters_off, attach, merge, unmerge
 from vision_peft.engine.site import Site
 from vision_peft.engine.store import load_adapter, save_adapter
 from vision_peft.engine.targets import resolve

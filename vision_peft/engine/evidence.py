@@ -10,8 +10,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from vision_peft.engine.adapter import Evidence
-from vision_peft.engine.readers import State, make_reader
+from vision_peft.engine.readers import make_reader
 from vision_peft.engine.site import Site
+from vision_peft.engine.views import State
 from vision_peft.errors import UserError
 
 

@@ -19,7 +19,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from vision_peft.engine.adapter import Evidence, Method, find_method
-from vision_peft.engine.install import AdapterSet, attach
+from vision_peft.engine.adapter_set import AdapterSet
+from vision_peft.engine.install import attach
 from vision_peft.engine.site import Site, whole_sites
 from vision_peft.engine.store import CONFIG, read_tensors
 from vision_peft.errors import UserError, nearest

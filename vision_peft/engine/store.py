@@ -16,8 +16,9 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from vision_peft.engine.adapter import find_method
+from vision_peft.engine.adapter_set import AdapterSet
 from vision_peft.engine.fingerprint import fingerprint
-from vision_peft.engine.install import AdapterSet, Installation, _find, _install, _known
+from vision_peft.engine.install import Installation, _find, _install, _known
 from vision_peft.engine.site import Site, enumerate_sites, whole_sites
 from vision_peft.engine.targets import fused_qkv
 from vision_peft.errors import UserError
