@@ -17,8 +17,6 @@ import argparse
 import csv
 import platform
 import statistics
-import subprocess
-import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -26,7 +24,7 @@ from pathlib import Path
 import timm
 import torch
 import yaml
-from bench_step import LAYERS, _peak_kib
+from benching import LAYERS, PEFT_LAYERS, in_fresh_process, interleave, peak_of, ratio
 from torch import nn
 
 from vision_peft.engine.adapter import Clock, Method, find_method, method_names
@@ -37,7 +35,6 @@ PAGE = Path("docs/speed_methods.md")
 COSTS = Path("vision_peft/commands/method_costs.csv")
 FIELDS = ["method", "precision", "seconds", "floor", "lora", "peft", "mib", "mib_floor", "mib_lora", "mib_peft"]
 MODEL, BATCH = "vit_small_patch16_224", 16
-NAMES = ["attn.qkv", "attn.proj", "mlp.fc1", "mlp.fc2"]
 
 
 def method_of(name: str) -> Method:
@@ -51,7 +48,7 @@ def peft_config(name: str, method: Method) -> object | None:
     import peft
 
     rank = getattr(method, "rank", 8)
-    common = {"target_modules": NAMES}
+    common = {"target_modules": PEFT_LAYERS}
     made: dict[str, Callable[[], object]] = {
         "lora": lambda: peft.LoraConfig(r=rank, lora_alpha=rank, **common),
         "dora": lambda: peft.LoraConfig(r=rank, lora_alpha=rank, use_dora=True, **common),
@@ -64,7 +61,7 @@ def peft_config(name: str, method: Method) -> object | None:
         "oft": lambda: peft.OFTConfig(r=0, oft_block_size=32, **common),
         "boft": lambda: peft.BOFTConfig(boft_block_size=8, boft_n_butterfly_factor=1, **common),
         "hra": lambda: peft.HRAConfig(r=rank, **common),
-        "ia3": lambda: peft.IA3Config(target_modules=NAMES, feedforward_modules=[]),
+        "ia3": lambda: peft.IA3Config(target_modules=PEFT_LAYERS, feedforward_modules=[]),
         "c3a": lambda: peft.C3AConfig(block_size=getattr(method, "block_size", 128), **common),
     }
     return made[name]() if name in made else None
@@ -122,37 +119,15 @@ def variants(name: str) -> list[str]:
 
 
 def time_method(name: str, precision: str, rounds: int) -> dict[str, str]:
-    names = variants(name)
-    steps = {variant: stepper(variant, name, precision) for variant in names}
-    for step in steps.values():
-        step()
-    seconds: dict[str, list[float]] = {variant: [] for variant in names}
-    for turn in range(rounds):
-        for variant in names[turn % len(names) :] + names[: turn % len(names)]:
-            start = time.process_time()
-            steps[variant]()
-            seconds[variant].append(time.process_time() - start)
-    ratio = {other: statistics.median(a / b for a, b in zip(seconds["ours"], seconds[other])) for other in names if other != "ours"}
+    seconds = interleave({variant: stepper(variant, name, precision) for variant in variants(name)}, rounds)
     found = {"seconds": f"{statistics.median(seconds['ours']):.3f}"}
-    return found | {other: f"{value:.2f}" for other, value in ratio.items()}
+    return found | {other: f"{ratio(seconds, 'ours', other):.2f}" for other in seconds if other != "ours"}
 
 
 def memory_of(name: str, precision: str) -> dict[str, str]:
-    peaks = {}
-    for variant in variants(name):
-        command = [sys.executable, __file__, "--measure", variant, name, precision]
-        peaks[variant] = float(subprocess.run(command, check=True, capture_output=True, text=True).stdout.split()[-1])
+    peaks = {variant: in_fresh_process(__file__, "--measure", variant, name, precision) for variant in variants(name)}
     others = {f"mib_{other}": f"{peaks['ours'] / value:.2f}" for other, value in peaks.items() if other != "ours"}
     return {"mib": f"{peaks['ours']:.0f}"} | others
-
-
-def measure(variant: str, name: str, precision: str) -> None:
-    step = stepper(variant, name, precision)
-    Path("/proc/self/clear_refs").write_text("5")  # the peak starts anew at the present size
-    loaded = _peak_kib()
-    for _ in range(2):
-        step()
-    print((_peak_kib() - loaded) / 1024)
 
 
 def rows() -> dict[tuple[str, str], dict[str, str]]:
@@ -204,7 +179,7 @@ def main() -> None:
         write_page()
         return
     if args.measure:
-        measure(*args.measure)
+        print(peak_of(stepper(*args.measure)))
         return
     for name in args.only:
         for precision in args.precision:

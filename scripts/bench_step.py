@@ -13,22 +13,18 @@ from __future__ import annotations
 import argparse
 import platform
 import statistics
-import subprocess
-import sys
 import time
 from collections.abc import Callable
-from pathlib import Path
 
 import timm
 import torch
+from benching import LAYERS, PEFT_LAYERS, in_fresh_process, interleave, peak_of, ratio
 from torch import nn
 
 from vision_peft.engine.adapter import find_method
 from vision_peft.engine.install import attach
-from vision_peft.engine.targets import expand
 
 VARIANTS = ("floor", "ours", "peft", "full")
-LAYERS = [name for layer in ("attn.{q,k,v}", "attn.proj", "mlp.fc1", "mlp.fc2") for name in expand(f"blocks.*.{layer}")]
 
 
 def build(variant: str, args: argparse.Namespace) -> tuple[nn.Module, list[nn.Parameter]]:
@@ -42,8 +38,7 @@ def build(variant: str, args: argparse.Namespace) -> tuple[nn.Module, list[nn.Pa
     elif variant == "peft":
         from peft import LoraConfig, get_peft_model
 
-        names = ["attn.qkv", "attn.proj", "mlp.fc1", "mlp.fc2"]
-        config = LoraConfig(r=args.rank, lora_alpha=args.rank, target_modules=names, use_dora=args.method == "dora")
+        config = LoraConfig(r=args.rank, lora_alpha=args.rank, target_modules=PEFT_LAYERS, use_dora=args.method == "dora")
         network = get_peft_model(network, config)
         trained = [p for p in network.parameters() if p.requires_grad]
     elif variant == "full":
@@ -74,36 +69,13 @@ def stepper(variant: str, precision: str, args: argparse.Namespace) -> Callable[
 
 
 def time_steps(precision: str, args: argparse.Namespace) -> dict[str, list[float]]:
-    steps = {variant: stepper(variant, precision, args) for variant in VARIANTS}
-    for step in steps.values():
-        step()
-    seconds: dict[str, list[float]] = {variant: [] for variant in VARIANTS}
-    for turn in range(args.rounds):
-        for variant in VARIANTS[turn % len(VARIANTS) :] + VARIANTS[: turn % len(VARIANTS)]:
-            start = time.process_time()
-            steps[variant]()
-            seconds[variant].append(time.process_time() - start)
-    return seconds
+    return interleave({variant: stepper(variant, precision, args) for variant in VARIANTS}, args.rounds)
 
 
 def peak_memory(variant: str, precision: str, args: argparse.Namespace) -> float:
     """MiB over the loaded model, in a fresh process."""
-    command = [sys.executable, __file__, "--memory", variant, precision, "--method", args.method, "--rank", str(args.rank)]
-    output = subprocess.run([*command, "--batch", str(args.batch), "--model", args.model], check=True, capture_output=True, text=True)
-    return float(output.stdout.split()[-1])
-
-
-def measure_memory(variant: str, precision: str, args: argparse.Namespace) -> None:
-    step = stepper(variant, precision, args)
-    Path("/proc/self/clear_refs").write_text("5")  # the peak starts anew at the present size
-    loaded = _peak_kib()
-    for _ in range(2):
-        step()
-    print((_peak_kib() - loaded) / 1024)
-
-
-def _peak_kib() -> int:
-    return next(int(line.split()[1]) for line in Path("/proc/self/status").read_text().splitlines() if line.startswith("VmHWM"))
+    words = ["--memory", variant, precision, "--method", args.method, "--rank", str(args.rank)]
+    return in_fresh_process(__file__, *words, "--batch", str(args.batch), "--model", args.model)
 
 
 def main() -> None:
@@ -120,7 +92,7 @@ def main() -> None:
     args = parser.parse_args()
     torch.set_num_threads(args.threads)
     if args.memory:
-        measure_memory(*args.memory, args)
+        print(peak_of(stepper(*args.memory, args)))
         return
     print(f"{args.model}, batch {args.batch}, {args.method} r={args.rank} on every Linear of every block, {args.threads} thread(s), "
           f"torch {torch.__version__}, {platform.machine()}, {time.strftime('%Y-%m-%d')}")
@@ -129,8 +101,7 @@ def main() -> None:
         memory = {variant: 0.0 if args.no_memory else peak_memory(variant, precision, args) for variant in VARIANTS}
         print(f"\n{precision:8s} {'s/step':>8s} {'x floor':>8s} {'x PEFT':>8s} {'MiB':>8s} {'x PEFT':>8s}")
         for variant in VARIANTS:
-            floor = statistics.median(a / b for a, b in zip(seconds[variant], seconds["floor"]))
-            peft = statistics.median(a / b for a, b in zip(seconds[variant], seconds["peft"]))
+            floor, peft = (ratio(seconds, variant, other) for other in ("floor", "peft"))
             share = memory[variant] / memory["peft"] if memory["peft"] else float("nan")
             print(f"{variant:8s} {statistics.median(seconds[variant]):8.3f} {floor:8.2f} {peft:8.2f} {memory[variant]:8.0f} {share:8.2f}")
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from vision_peft.engine.adapter import Adapter, Evidence, Method
 from vision_peft.engine.site import Site
@@ -52,6 +52,19 @@ def weight64(rows: int = 12, columns: int = 9) -> Tensor:
 def delta(adapter: Adapter, W: Tensor) -> Tensor:
     with torch.no_grad():
         return adapter.weight(W) - W
+
+
+def regress(network: nn.Module, adapters: nn.Module, x: Tensor, target: Tensor, lr: float, steps: int = 60) -> list[float]:
+    """Squared errors over some steps of AdamW on the adapters alone."""
+    optimizer = torch.optim.AdamW(adapters.parameters(), lr=lr)
+    losses = []
+    for _ in range(steps):
+        optimizer.zero_grad()
+        loss = (network(x) - target).square().mean()
+        loss.backward()
+        optimizer.step()
+        losses.append(loss.item())
+    return losses
 
 
 def gradients(adapter: Adapter, W: Tensor, G: Tensor) -> dict[str, Tensor]:

@@ -7,7 +7,7 @@ import itertools
 import pytest
 import torch
 import torch.nn.functional as F
-from fakes import delta, gradients, moved, site, started, trainables, weight64
+from fakes import delta, gradients, moved, regress, site, started, trainables, weight64
 from torch import nn
 
 from vision_peft.adapters.lost import LOST
@@ -153,14 +153,7 @@ def test_training_from_scratch_learns_and_keeps_its_columns():
     adapters = attach(network, LOST(**SMALL), "all")
     adapter = next(iter(adapters.adapters.values()))
     columns, x, target = adapter.columns.clone(), torch.randn(64, 9), torch.randn(64, 12)
-    optimizer = torch.optim.AdamW(adapters.parameters(), lr=0.02)
-    losses = []
-    for _ in range(60):
-        optimizer.zero_grad()
-        loss = (network(x) - target).square().mean()
-        loss.backward()
-        optimizer.step()
-        losses.append(loss.item())
+    losses = regress(network, adapters, x, target, lr=0.02)
     assert losses[-1] < 0.9 * losses[0]
     assert torch.equal(adapter.columns, columns)
 

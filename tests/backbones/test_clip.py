@@ -1,79 +1,35 @@
+"""CLIP against open_clip: both towers, files, sizes, chunks, cuts, caches and copies."""
+
+from __future__ import annotations
+
 import copy
 import json
 import pickle
 import re
-import warnings
-from contextlib import contextmanager
-from pathlib import Path
 
 import open_clip
 import pytest
 import torch
 from open_clip.transformer import QuickGELU
 from safetensors.torch import save_file
+from tiny_clip import (
+    KINDS,
+    PROMPTS,
+    RESNET,
+    TEXT,
+    TIMM,
+    TINY,
+    VISION,
+    images,
+    loaded,
+    make,
+    original,
+)
 from torch import nn
 
 from vision_peft.backbones import clip
 from vision_peft.backbones.clip import Clip
 from vision_peft.errors import UserError
-
-VISION = {"image_size": 32, "layers": 3, "width": 64, "head_width": 16, "patch_size": 8}
-TEXT = {"context_length": 77, "vocab_size": 49408, "width": 48, "heads": 4, "layers": 3}
-TINY = {"embed_dim": 32, "vision_cfg": VISION, "text_cfg": TEXT}
-PROMPTS = ["a photo of a cat.", "a photo of a three-toed sloth.", "a photo of a dog."]
-
-# the text towers by how they pool; the last two need every column
-CAUSAL_EOS = {**TINY, "custom_text": True, "text_cfg": {**TEXT, "pool_type": "eos", "eos_id": 49407}}
-CAUSAL_BIAS = {**TINY, "custom_text": True, "text_cfg": {**TEXT, "proj_bias": True}}
-BIDIRECTIONAL = {**TINY, "custom_text": True, "text_cfg": {**TEXT, "no_causal_mask": True, "pool_type": "last"}}
-COCA = {
-    **TINY,
-    "custom_text": True,
-    "vision_cfg": {**VISION, "attentional_pool": True, "attn_pooler_heads": 4, "attn_pooler_queries": 5, "output_tokens": True},
-    "text_cfg": {**TEXT, "context_length": 76, "embed_cls": True, "output_tokens": True},
-    "multimodal_cfg": {"context_length": 76, "vocab_size": 49408, "width": 48, "heads": 4, "layers": 2, "attn_pooler_heads": 4},
-}
-RESNET = {**TINY, "vision_cfg": {"image_size": 64, "layers": [1, 1, 1, 1], "width": 16, "head_width": 16}}
-TIMM = {"timm_model_name": "vit_tiny_patch16_224", "timm_pool": "token", "timm_proj": "linear", "image_size": 224}
-KINDS = {"flat": TINY, "eos": CAUSAL_EOS, "bias": CAUSAL_BIAS, "bidirectional": BIDIRECTIONAL, "coca": COCA}
-
-
-def make(tmp_path: Path, config: dict = TINY, **options) -> Clip:
-    path = tmp_path / "tiny.json"
-    path.write_text(json.dumps(config))
-    return Clip(config=str(path), **options)
-
-
-def loaded(tmp_path: Path, config: dict = TINY, **options) -> Clip:
-    torch.manual_seed(0)
-    backbone = make(tmp_path, config, **options)
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        backbone.load()
-    _scramble(backbone.network)
-    return backbone
-
-
-def _scramble(network: nn.Module) -> None:
-    """Give every tensor an influence (open_clip starts biases at 0 and leaves some tensors uninitialised)."""
-    generator = torch.Generator().manual_seed(1)
-    for parameter in network.parameters():
-        with torch.no_grad():
-            base = torch.ones_like(parameter) if parameter.ndim == 1 else 0
-            parameter.copy_(base + 0.1 * torch.randn(parameter.shape, generator=generator))
-
-
-def images(size: int = 32) -> torch.Tensor:
-    return torch.randn(2, 3, size, size, generator=torch.Generator().manual_seed(2))
-
-
-def original(backbone: Clip, config: dict) -> nn.Module:
-    """open_clip's own network, of its own classes, with the same values."""
-    config = copy.deepcopy(config)
-    kind = open_clip.CustomTextCLIP if config.pop("custom_text", False) else open_clip.CLIP
-    network = (open_clip.CoCa if "multimodal_cfg" in config else kind)(**config)
-    network.load_state_dict(backbone.network.state_dict())
-    return network.eval()
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -108,117 +64,6 @@ def test_quick_gelu_follows_the_pretrained_tag():
     assert acts(Clip("ViT-B-16-quickgelu")) == {QuickGELU}
     assert acts(Clip("ViT-B-16", weights="openai", quick_gelu=False)) == {nn.GELU}
     assert acts(Clip("ViT-B-16", quick_gelu=True)) == {QuickGELU}
-
-
-@pytest.mark.parametrize("name", ["ViT-B-16", "RN50", "convnext_base", "ViT-B-16-SigLIP", "coca_ViT-B-32", "EVA01-g-14"])
-def test_sites_cover_every_parameter_under_unique_names(name):
-    backbone = Clip(name)
-    sites = backbone.sites()
-    parameters = dict(backbone.network.named_parameters())
-    assert all(parameter.is_meta and not parameter.requires_grad for parameter in parameters.values())
-    assert len({site.name for site in sites}) == len(sites)
-    assert {site.path for site in sites} == set(parameters)
-    assert sum(torch.Size(site.shape).numel() for site in sites) == sum(parameter.numel() for parameter in parameters.values())
-    towers = {"vision", "text", "text_decoder", "logit_scale", "logit_bias"}
-    assert {site.target.split(".")[0] for site in sites} <= towers
-    for site in sites:
-        reader = backbone.network.get_submodule(site.reader)
-        assert all(callable(getattr(reader, call)) for call in site.calls)
-
-
-def test_canonical_names_of_vit_b_16():
-    sites = {site.name: site for site in Clip("ViT-B-16").sites()}
-    qkv = [site for site in sites.values() if re.fullmatch(r"(vision|text)\.\d+\.attn\.[qkv]", site.name)]
-    assert len(qkv) == 72
-    assert sum(2 * sum(site.matrix_shape) for site in qkv) == 184_320  # rank 2, the count of the CLIP-LoRA paper
-    q, k, v = (sites[f"text.11.attn.{part}"] for part in "qkv")
-    assert (q.rows, k.rows, v.rows) == ((0, 512), (512, 1024), (1024, 1536))
-    assert {site.path for site in (q, k, v)} == {"transformer.resblocks.11.attn.in_proj_weight"}
-    assert sites["vision.0.attn.out"].reader == "visual.transformer.resblocks.0.attn"
-    layers = ["mlp.fc1", "mlp.fc2", "norm1", "norm2", "attn.out"]
-    for tower in ("vision", "text"):
-        targets = {site.target for site in sites.values()}
-        assert {f"{tower}.{block}.{layer}" for block in range(12) for layer in layers} <= targets
-    outside = ["patch_embed", "norm_pre", "norm", "class_embedding", "pos_embed", "proj"]
-    text = ["text.token_embed", "text.pos_embed", "text.norm", "text.projection", "logit_scale"]
-    assert {f"vision.{name}" for name in outside} | set(text) <= targets
-
-
-def test_canonical_names_of_a_timm_tower():
-    sites = {site.name: site for site in Clip("ViT-B-16-SigLIP").sites()}
-    assert sites["vision.3.attn.k"].rows == (768, 1536)
-    assert sites["vision.3.attn.k"].path == "visual.trunk.blocks.3.attn.qkv.weight"
-    assert {"vision.3.attn.out", "vision.3.mlp.fc1", "vision.patch_embed", "text.3.attn.q", "text.projection", "logit_bias"} <= set(sites)
-
-
-def test_the_attention_pool_is_the_reader_of_its_layers():
-    sites = {site.path: site for site in Clip("RN50").sites()}
-    assert sites["visual.attnpool.positional_embedding"].role == "other"
-    site = sites["visual.attnpool.q_proj.weight"]  # AttentionPool2d never calls its four Linears
-    assert (site.reader, site.parameter) == ("visual.attnpool", "q_proj.weight")
-
-
-@contextmanager
-def doubled_within_calls(network: nn.Module, site):
-    """What the engine does with an owner's own tensor: another value, but only while a method named in `calls` runs."""
-    owner = network.get_submodule(site.reader)
-    holder = owner.get_submodule(site.parameter.rpartition(".")[0])
-    name = site.parameter.rpartition(".")[2]
-
-    def shadowing(call):
-        own = getattr(owner, call)
-
-        def run(*args, **kwargs):
-            object.__setattr__(holder, name, 2 * holder._parameters[name].detach())
-            try:
-                return own(*args, **kwargs)
-            finally:
-                holder.__dict__.pop(name, None)
-
-        return run
-
-    try:
-        for call in site.calls:
-            object.__setattr__(owner, call, shadowing(call))
-        yield
-    finally:
-        for call in site.calls:
-            owner.__dict__.pop(call, None)
-
-
-@contextmanager
-def doubled(network: nn.Module, site):
-    parameter = network.get_parameter(site.path)
-    before = parameter.detach().clone()
-    parameter.mul_(2)
-    yield
-    parameter.copy_(before)
-
-
-@torch.no_grad()
-@pytest.mark.parametrize("kind", [*KINDS, "resnet"])
-def test_calls_name_the_methods_that_read_a_tensor(kind, tmp_path):
-    config = RESNET if kind == "resnet" else KINDS[kind]
-    backbone = loaded(tmp_path, config).eval()
-    network, x, tokens = backbone.network, images(config["vision_cfg"]["image_size"]), backbone.tokenize(PROMPTS)
-
-    def outputs():
-        parts = [backbone.suffix(backbone.prefix(x, 1), 1)] if backbone.num_blocks else []
-        return torch.cat([backbone(x), *parts, backbone.encode_text(tokens), backbone.learned_scale().expand(1, 32)])
-
-    plain, moved = outputs(), set()
-    for site in backbone.sites():
-        if site.reader in ("", "visual", "text", "visual.attnpool"):
-            with doubled(network, site):
-                wanted = outputs()
-            with doubled_within_calls(network, site):
-                found = outputs()
-            torch.testing.assert_close(found, wanted, rtol=1e-5, atol=1e-5, msg=site.name)
-            if not torch.equal(wanted, plain):
-                moved.add(site.name)
-    expected = {"text.pos_embed", "logit_scale"}
-    expected |= {"vision.attnpool.q_proj", "vision.attnpool.c_proj"} if kind == "resnet" else {"vision.proj", "vision.class_embedding"}
-    assert expected <= moved
 
 
 @pytest.mark.parametrize("suffix", [".pt", ".safetensors"])

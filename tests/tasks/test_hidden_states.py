@@ -236,7 +236,7 @@ def test_a_write_that_fails_leaves_no_file(tmp_path, monkeypatch):
         Path(path).write_bytes(b"half")
         raise OSError("no space left on device")
 
-    monkeypatch.setattr(cache_file, "save_file", broken)
+    monkeypatch.setattr("safetensors.torch.save_file", broken)
     with pytest.raises(OSError, match="no space"):
         run(tmp_path, "disk")
     assert stored() == []

@@ -42,6 +42,7 @@ class Gain(Method):
     def __init__(self, penalty: float = 0.0, ratio: float = 1.0) -> None:
         self.penalty, self.ratio = penalty, ratio
         self.clocks: list[Clock] = []
+        self.lrs: list[float] = []  # as coordinate() saw them
 
     def adapter(self, site, shared) -> GainAdapter:
         return GainAdapter(self.penalty)
@@ -49,6 +50,7 @@ class Gain(Method):
     def coordinate(self, adapters, shared, clock: Clock) -> None:
         assert not torch.is_grad_enabled()
         self.clocks.append(clock)
+        self.lrs.append(clock.group(next(iter(adapters.values())).gain)["lr"])
         for adapter in adapters.values():
             adapter.calls += 1
 
@@ -219,6 +221,13 @@ def test_coordinate_once_an_optimizer_step(accumulate, steps, tmp_path):
     an_epoch = math.ceil(3 / accumulate)
     assert [clock.epoch for clock in method.clocks] == [step // an_epoch for step in range(steps)]
     assert {float(value) for key, value in task.state_dict().items() if key.endswith("calls")} == {steps}
+
+
+def test_coordinate_sees_the_rate_of_the_step_that_was_made(tmp_path):
+    method = Gain()
+    _, rates = run(tmp_path, method, steps=5, warmup_steps=2)
+    ran = rates.steps["first"][:5]
+    assert method.lrs == ran and len(set(ran)) > 3
 
 
 # ---- checkpoints ----

@@ -12,8 +12,8 @@ Pruning sets the same entries of all moments of a parameter to zero: those with 
 prune each moment by itself and warm the learning rate up again after a restart. Here the schedule is the task's, so there is no second
 warm-up, and a first moment kept without its second would make a step of many times the learning rate.
 
-Source: Lialin et al., "ReLoRA: High-Rank Training Through Low-Rank Updates", ICLR 2024; read in the code (Guitaricet/relora, whose runs
-have T = 5000; and hhnqqq/MyTransformers). The default alpha is LoRA's.
+Source: Lialin et al., "ReLoRA: High-Rank Training Through Low-Rank Updates", ICLR 2024; read in the code (Guitaricet/relora and
+hhnqqq/MyTransformers). The default T is meant for runs of tens of thousands of steps; the default alpha is LoRA's.
 """
 
 from __future__ import annotations

@@ -18,9 +18,6 @@ from pathlib import Path
 from vision_peft.commands.parser import CommandParser
 from vision_peft.errors import UserError
 
-LR_KEY = "model.init_args.optimizer.init_args.lr"
-SEED_KEYS = ("seed_everything", "data.init_args.seed")
-
 
 def main(command: str, argv: list[str]) -> None:
     parser = CommandParser(command, __doc__, usage="vision-peft compare --config FILE ... --methods FILE ... [options]")

@@ -15,11 +15,12 @@ import optuna
 import yaml
 from optuna.trial import FrozenTrial, TrialState
 
-from vision_peft.commands.compare import LR_KEY, SEED_KEYS
 from vision_peft.commands.compare_trial import run_trial
 from vision_peft.errors import UserError
 
 STUDY = "compare"
+LR_KEY = "model.init_args.optimizer.init_args.lr"
+SEED_KEYS = ("seed_everything", "data.init_args.seed")
 SIGNING = 5.0  # seconds within which a worker that has taken a trial has put its name to it, unless it was killed in between
 Key = tuple[str, str, float, int]  # phase, method, learning rate, seed
 
@@ -136,7 +137,7 @@ class Study:
             time.sleep(SIGNING)
         for trial in self._trials().values():
             host, _, process = trial.user_attrs.get("worker", "").partition(":")
-            gone = not host or (host == socket.gethostname() and not Path(f"/proc/{process}").exists())
+            gone = not host or (host == socket.gethostname() and not _alive(int(process)))
             orphan = trial.state == TrialState.RUNNING and gone
             if orphan:
                 self.study.tell(trial.number, state=TrialState.FAIL)
@@ -206,6 +207,16 @@ class Study:
                 kept.append({"phase": phase, "method": name, "lr": rate, "seed": seed, **attributes})
         order = {name: place for place, name in enumerate(self.plan.methods)}
         return sorted(kept, key=lambda row: (order[row["method"]], row["phase"], row["lr"], row["seed"]))
+
+
+def _alive(process: int) -> bool:
+    try:
+        os.kill(process, 0)  # asks only
+    except ProcessLookupError:
+        return False
+    except PermissionError:  # another user's
+        return True
+    return True
 
 
 def _key(trial: FrozenTrial | optuna.Trial) -> Key:

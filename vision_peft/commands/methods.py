@@ -1,7 +1,7 @@
 """`vision-peft methods`: the catalogue by the flags of its classes, one method with its page and hyper-parameters, or all as Markdown.
 
 Source: read from official code, from a paper's text or from its abstract. Trained per site: in m (out), n (in) and the hyper-parameters.
-Step: of LoRA's, in float32 / bf16, ViT-S with every linear layer adapted (docs/speed_methods.md).
+Step: of LoRA's, in float32 / bf16, ViT-S with every linear layer adapted, as scripts/bench_methods.py measures it; - where it has not been.
 """
 
 from __future__ import annotations
@@ -44,18 +44,20 @@ def main(command: str, argv: list[str]) -> None:
 
 
 def facts(cls: type[Method]) -> dict[str, Any]:
-    """The flags of a method, in the order of the table."""
+    """The flags of a method with its default hyper-parameters, on which some of them depend, in the order of the table."""
+    required = any(value.default is value.empty for value in list(inspect.signature(cls.__init__).parameters.values())[1:])
+    own = cls if required else cls()
     return {
         "name": cls.name,
         "class": cls.__name__,
-        "kind": cls.kind,
-        "source": cls.source,
-        "formula": cls.formula,
-        "identity_at_init": cls.identity_at_init,
-        "merge": cls.merge,
-        "low_rank": cls.low_rank,
-        "roles": list(cls.roles),
-        "reads_input": cls.reads_input,
+        "kind": own.kind,
+        "source": own.source,
+        "formula": own.formula,
+        "identity_at_init": own.identity_at_init,
+        "merge": own.merge,
+        "low_rank": own.low_rank,
+        "roles": list(own.roles),
+        "reads_input": own.reads_input,
         "step": costs().get(cls.name),
     }
 
@@ -84,8 +86,8 @@ def _card(cls: type[Method]) -> str:
 def _row(cls: type[Method]) -> list[str]:
     own = facts(cls)
     step = "/".join(value or "-" for value in own["step"]) if own["step"] else "-"
-    layers = "linear, attention" if cls.reads_input else "all"
-    export = "yes" if cls.low_rank else "no" if cls.merge == "impossible" else "by a chosen rank"
+    layers = "linear, attention" if own["reads_input"] else "all"
+    export = "yes" if own["low_rank"] else "no" if own["merge"] == "impossible" else "by a chosen rank"
     shown = [_cell(own[key]) for key in ("name", "class", "kind", "source", "formula", "identity_at_init", "merge")]
     return [*shown, export, _cell(own["roles"]), layers, step]
 

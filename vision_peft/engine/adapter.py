@@ -136,7 +136,7 @@ class Method:
     reads_input: ClassVar[bool] = False  # defined by linear() alone: acts on linear and attention layers only, cannot be merged
     steps_to_train: ClassVar[int] = 2  # optimizer steps until every trained tensor has had a gradient
     tiny: ClassVar[dict[str, Any]] = {}  # hyper-parameters that suit layers a few numbers wide, for tests
-    merge: ClassVar[Literal["exact", "approximate", "impossible", "rewrites_base"]] = "exact"
+    merge: ClassVar[Literal["exact", "approximate", "impossible"]] = "exact"
     low_rank: ClassVar[bool] = False  # W' - W is B A with the factors of factored(): exports as a LoRA
     kind: ClassVar[str] = "dense"  # low-rank, dense, svd, bias ...: for tables
     source: ClassVar[Literal["code", "text", "abstract"]] = "code"  # what its definition was read from

@@ -40,7 +40,7 @@ class AdapterCallback(pl.Callback):
     ) -> None:
         self.method, self.targets, self.seed, self.evidence_batches, self.folder = method, targets, seed, evidence_batches, folder
         self.adapters: AdapterSet | None = None
-        self._steps_seen = 0
+        self._after_step: Any = None  # handle of the optimizer's hook
 
     def check(self, backbone: Any) -> None:
         """Raise UserError where method or targets do not fit the backbone; reads no weights."""
@@ -61,20 +61,28 @@ class AdapterCallback(pl.Callback):
         rank_zero_info(f"{self.method!r}\n{table(self.adapters.sites, self.method, collapse=True)}")
 
     def on_train_start(self, trainer: pl.Trainer, task: Any) -> None:
-        self._steps_seen = trainer.global_step
+        if self.adapters is None:
+            return
 
-    def on_train_batch_end(self, trainer: pl.Trainer, task: Any, outputs: Any, batch: Any, batch_idx: int) -> None:
-        if self.adapters is not None and trainer.global_step > self._steps_seen:  # gradient accumulation: not every batch is a step
-            self._steps_seen = trainer.global_step
-            self.adapters.coordinate(self._clock(trainer))
+        # the optimizer's own hook: not at batches that only accumulate, not at steps that a gradient scaler skips, and before the
+        # schedule moves the learning rate on
+        def coordinate(*_: Any) -> None:
+            self.adapters.coordinate(self._clock(trainer, trainer.global_step + 1))  # counted by Lightning when this returns
+
+        self._after_step = trainer.optimizers[0].register_step_post_hook(coordinate)
+
+    def teardown(self, trainer: pl.Trainer, task: Any, stage: str) -> None:
+        if self._after_step is not None:
+            self._after_step.remove()
+            self._after_step = None
 
     def on_before_optimizer_step(self, trainer: pl.Trainer, task: Any, optimizer: torch.optim.Optimizer) -> None:
         if self.adapters is not None:
-            self.adapters.adjust_gradients(self._clock(trainer))
+            self.adapters.adjust_gradients(self._clock(trainer, trainer.global_step))
 
     @staticmethod
-    def _clock(trainer: pl.Trainer) -> Clock:
-        return Clock(trainer.global_step, int(trainer.estimated_stepping_batches), trainer.current_epoch, trainer.optimizers[0])
+    def _clock(trainer: pl.Trainer, step: int) -> Clock:
+        return Clock(step, int(trainer.estimated_stepping_batches), trainer.current_epoch, trainer.optimizers[0])
 
     def on_fit_end(self, trainer: pl.Trainer, task: Any) -> None:
         if self.adapters is not None and not trainer.fast_dev_run:

@@ -3,16 +3,13 @@
 from __future__ import annotations
 
 import hashlib
-import os
-import tempfile
-from pathlib import Path
 
 from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 from torch import Tensor
 
 from vision_peft.linalg.svd import SVD, thin_svd
-from vision_peft.user_cache import cache_folder
+from vision_peft.user_cache import cache_folder, keep_tensors
 
 SMALLEST = 128 * 128  # entries; below, decomposing is as quick as reading a file
 _ALGORITHM = "gram-float64-1"  # part of the key: another way of decomposing may choose other signs
@@ -32,21 +29,10 @@ def cached_svd(W: Tensor) -> SVD:
         return SVD(*(stored[name].to(W.device) for name in ("U", "S", "Vh")))
     except (FileNotFoundError, SafetensorError, KeyError):
         found = thin_svd(W)
-    _write(path, found)
+    keep_tensors(path, found._asdict())
     return found
 
 
 def _key(W: Tensor) -> str:
     own = W.detach().cpu().contiguous()
     return hashlib.sha256(f"{_ALGORITHM} {tuple(W.shape)} {W.dtype} ".encode() + own.numpy().tobytes()).hexdigest()[:32]
-
-
-def _write(path: Path, svd: SVD) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    handle, staging = tempfile.mkstemp(prefix=".svd.", dir=path.parent)
-    os.close(handle)
-    try:
-        save_file({name: value.cpu().contiguous() for name, value in svd._asdict().items()}, staging)
-        os.replace(staging, path)
-    finally:
-        Path(staging).unlink(missing_ok=True)

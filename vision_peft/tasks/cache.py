@@ -3,19 +3,17 @@
 from __future__ import annotations
 
 import hashlib
-import os
-import tempfile
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 from tqdm.auto import tqdm
 
 from vision_peft.backbones.base import Backbone
-from vision_peft.user_cache import cache_folder
+from vision_peft.user_cache import cache_folder, keep_tensors
 
 
 class HiddenStates(Dataset):
@@ -40,7 +38,7 @@ class HiddenStates(Dataset):
             return
         self.states = self._compute(backbone, block, device, precision)
         if path is not None:
-            _write(path, self.states)
+            keep_tensors(path, {"states": self.states})
 
     def __len__(self) -> int:
         return len(self.data)
@@ -80,14 +78,3 @@ class _Keyed(Dataset):
 def _path(data: Any, backbone: Backbone, block: int, identity: str, precision: Any) -> Path:
     facts = [data.identity(), identity, block, backbone.describe(), precision.precision]
     return cache_folder("hidden_states") / f"{hashlib.sha256(repr(facts).encode()).hexdigest()[:32]}.safetensors"
-
-
-def _write(path: Path, states: Tensor) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    handle, staging = tempfile.mkstemp(prefix=f".{path.name}.", dir=path.parent)
-    os.close(handle)
-    try:
-        save_file({"states": states.contiguous()}, staging)
-        os.replace(staging, path)
-    finally:
-        Path(staging).unlink(missing_ok=True)
