@@ -64,10 +64,10 @@ def test_how_many_there_are():
     assert {each: kinds.count(each) for each in set(kinds)} == {
         "quickstart": 1,
         "task": 2,
-        "method": len(method_names()) + 1,
-        "trainer": 4,
+        "method": len(method_names()) + 2,
+        "trainer": 5,
     }
-    assert {Path(name).stem for name in METHODS} == {*method_names(), "none"}
+    assert {Path(name).stem for name in METHODS} == {*method_names(), "none", "probe"}
     assert not list(CONFIGS.rglob("*.yml"))
 
 
@@ -75,7 +75,7 @@ def test_how_many_there_are():
 def test_header_says_what_how_and_then_comes_something(name):
     lines = FILES[name].read_text().splitlines()
     header = [line.removeprefix("#").strip() for line in lines[: next(i for i, line in enumerate(lines) if not line.startswith("#"))]]
-    commands = [i for i, line in enumerate(header) if line.startswith(("vision-peft fit", "torchrun"))]
+    commands = [i for i, line in enumerate(header) if line.startswith(("vision-peft fit", "vision-peft compare", "torchrun"))]
     assert commands, "no command"
     assert len(header[0]) > 20, "the first line should say what the file is for"
     assert not header[0].startswith("vision-peft")
@@ -95,7 +95,7 @@ def test_header_says_what_how_and_then_comes_something(name):
 def test_method_runs(name, tmp_path):
     folder = tmp_path / "run"
     finished(cli := run(folder, "--config", VIT, "--config", str(FILES[name]), *TINY, *LAST), folder)
-    if name == "method/none.yaml":
+    if name in ("method/none.yaml", "method/probe.yaml"):
         assert cli.adapter.method is None
         assert not (folder / "adapter").exists()
         return
