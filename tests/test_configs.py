@@ -63,7 +63,7 @@ def test_how_many_there_are():
     kinds = [kind(name) for name in FILES]
     assert {each: kinds.count(each) for each in set(kinds)} == {
         "quickstart": 1,
-        "task": 2,
+        "task": 3,
         "method": len(method_names()) + 2,
         "trainer": 5,
     }

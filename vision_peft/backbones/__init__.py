@@ -1,11 +1,11 @@
-"""Pretrained networks. `Vit` and `Clip` are imported on first use, because timm and open_clip each take seconds."""
+"""Pretrained networks. Imported on first use, because timm, open_clip and transformers each take seconds."""
 
 from __future__ import annotations
 
 from importlib import import_module
 from typing import Any
 
-_HOMES = {"Vit": "vit", "Clip": "clip"}
+_HOMES = {"Vit": "vit", "Clip": "clip", "DualEncoder": "dual_encoder"}
 __all__ = [*_HOMES]
 
 

@@ -15,23 +15,20 @@ from open_clip.pretrained import download_pretrained_from_hf
 from open_clip.transform import PreprocessCfg, merge_preprocess_dict
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
-from torch.utils.checkpoint import checkpoint
 
-from vision_peft.backbones.base import Backbone, Preprocess
+from vision_peft.backbones.base import Preprocess
 from vision_peft.backbones.clip_network import CutVisionTransformer, build, load_weights, one_line, resize, side_of
 from vision_peft.backbones.clip_sites import AFTER_BLOCKS, POSITIONS, name_clip_sites
-from vision_peft.backbones.clip_text import Remembered, ShortTextCLIP, ShortTextTransformer, computed_once, tokenizer
+from vision_peft.backbones.clip_text import ShortTextCLIP, ShortTextTransformer, tokenizer
+from vision_peft.backbones.two_towers import TwoTowers
 from vision_peft.engine.site import Site
 from vision_peft.errors import UserError, nearest
 
 HUB = "hf-hub:"  # open_clip's prefix of a Hugging Face repository that holds both config and weights
 
 
-class Clip(Backbone):
+class Clip(TwoTowers):
     """An open_clip model, both towers.
-
-    Features are raw: neither forward() nor encode_text() normalises them, and the factor of the cosine is the task's
-    (100 in the few-shot protocols, learned_scale() for the one the model was trained with).
 
     Args:
         name: open_clip model name (`ViT-B-16`, `RN50`, `ViT-B-16-SigLIP`, ...) or `hf-hub:<owner>/<repository>`, which brings its weights.
@@ -42,8 +39,7 @@ class Clip(Backbone):
         quick_gelu: activation of the towers. `auto` is what the pretrained tag was trained with (open_clip itself would run
             `ViT-B-16` with OpenAI's weights on plain GELU and lose several points); a file does not say, so there `auto` follows
             the model config: set True for OpenAI's weights in a file.
-        text_checkpointing: recompute the text tower in the backward pass, chunk by chunk, so that a thousand classes fit.
-        text_chunk: how many prompts run at once; None for all of them, or 64 with text_checkpointing.
+        text_checkpointing, text_chunk: see TwoTowers.
     """
 
     def __init__(
@@ -57,13 +53,9 @@ class Clip(Backbone):
         text_checkpointing: bool = False,
         text_chunk: int | None = None,
     ) -> None:
-        super().__init__()
-        if text_chunk is not None and text_chunk < 1:
-            raise UserError(f"backbone.text_chunk: {text_chunk} is not a number of prompts, which is at least 1")
+        super().__init__(text_checkpointing, text_chunk)
         self.name = Path(config).stem if config else name.replace("/", "-") if not name.startswith(HUB) else name
         self.weights, self.config = weights, config
-        self.text_checkpointing = text_checkpointing
-        self.text_chunk = text_chunk or (64 if text_checkpointing else None)
 
         self._config, transform = _read_config(self.name, config)
         self._tag = open_clip.get_pretrained_cfg(self.name, weights) if weights else {}
@@ -80,7 +72,6 @@ class Clip(Backbone):
         transform = merge_preprocess_dict(merge_preprocess_dict(PreprocessCfg(), transform), self._tag)
         self.preprocess = Preprocess(side_of(self.network), tuple(transform["mean"]), tuple(transform["std"]), transform["interpolation"])
         self.resized = POSITIONS & self.network.state_dict().keys()
-        self._remembered: Remembered | None = None
         self.train(self.training)
 
     def load(self) -> None:
@@ -119,9 +110,6 @@ class Clip(Backbone):
 
     # ---- images ----
 
-    def forward(self, images: Tensor) -> Tensor:
-        return self.network.encode_image(images, normalize=False)
-
     @property
     def num_blocks(self) -> int:
         visual = self.network.visual
@@ -154,41 +142,6 @@ class Clip(Backbone):
         tokens = encode(list(prompts))
         tower = getattr(self.network, "text", self.network)
         return tokens[:, : tower.needed(tokens)] if isinstance(tower, (ShortTextCLIP, ShortTextTransformer)) else tokens
-
-    def encode_text(self, tokens: Tensor) -> Tensor:
-        """Features (C, num_features) of token ids (C, L)."""
-        chunks = tokens.to(self._device).split(self.text_chunk or len(tokens))
-        if self.text_checkpointing and torch.is_grad_enabled():
-            return torch.cat([checkpoint(self.network.encode_text, chunk, False, use_reentrant=False) for chunk in chunks])
-        return torch.cat([self.network.encode_text(chunk, normalize=False) for chunk in chunks])
-
-    def text_features(self, prompts: Sequence[str], frozen: bool) -> Tensor:
-        """Features (C, num_features) of the prompts.
-
-        Args:
-            frozen: True while nothing in the text tower changes: computed once, then remembered until other prompts or load().
-                False: computed anew at every call, with gradients.
-        """
-        prompts = tuple(prompts)
-        if self._remembered is None or self._remembered.prompts != prompts:
-            with torch.inference_mode(False):
-                self._remembered = Remembered(prompts, self.tokenize(prompts))
-        memory = self._remembered
-        if not frozen:
-            memory.features = None
-            return self.encode_text(memory.tokens)
-        if memory.features is None or memory.features.device != self._device:
-            with computed_once(self.network, self._device):
-                memory.features = self.encode_text(memory.tokens)
-        return memory.features
-
-    def learned_scale(self) -> Tensor:
-        """The factor of the cosine that the model was trained with, exp(logit_scale)."""
-        return self.network.learned_scale()
-
-    @property
-    def _device(self) -> torch.device:
-        return self.network.logit_scale.device
 
     # ---- names ----
 
