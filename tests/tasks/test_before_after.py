@@ -69,7 +69,7 @@ def test_measuring_does_not_change_the_run(tmp_path):
     assert all(torch.equal(states[1][key], value) for key, value in states[0].items())
 
 
-@pytest.mark.parametrize("callback", [BeforeAfter, lambda: ZeroShotRetention(digits())])
+@pytest.mark.parametrize("callback", [BeforeAfter, lambda: ZeroShotRetention({"digits": digits()})])
 def test_a_resumed_run_keeps_its_first_figure(callback):
     first, second = callback(), callback()
     first.before = 0.25
@@ -98,20 +98,20 @@ def test_a_resumed_run_does_not_measure_before_again(tmp_path):
 def test_retention_without_training_loses_nothing(tmp_path, capsys):
     task = FewShotClassification(clip(tmp_path), TextHead(), optimizer=adam(0.0))
     second = digits(shots=1, template="the number {}.")
-    options = {"callbacks": [ZeroShotRetention(second)], "logger": CSVLogger(tmp_path, name="", version="")}
+    options = {"callbacks": [ZeroShotRetention({"numbers": second})], "logger": CSVLogger(tmp_path, name="", version="")}
     fit(tmp_path, task, digits(), lora(), "qkv", max_steps=2, **options)
     found = logged(tmp_path)
     expected = zero_shot(clip(tmp_path), second)
     assert found["retention/before"] == found["retention/after"] == pytest.approx(expected, abs=1e-6)
     assert found["retention/difference"] == 0
-    assert f"zero-shot accuracy on the second set: {expected:.4f} before, {expected:.4f} after" in capsys.readouterr().out
+    assert f"zero-shot accuracy on numbers: {expected:.4f} before, {expected:.4f} after" in capsys.readouterr().out
 
 
 def test_retention_after_training(tmp_path):
     # random towers all but predict one class: only steps this large change what they say
     task = FewShotClassification(clip(tmp_path), TextHead(), optimizer=adam(1.0))
     second = digits(shots=1, template="the number {}.")
-    options = {"callbacks": [ZeroShotRetention(second)], "logger": CSVLogger(tmp_path, name="", version="")}
+    options = {"callbacks": [ZeroShotRetention({"numbers": second})], "logger": CSVLogger(tmp_path, name="", version="")}
     fit(tmp_path, task, digits(shots=4), lora(), "attn+mlp", max_steps=6, **options)
     found = logged(tmp_path)
     with adapters_off(task.backbone.network):
@@ -124,7 +124,20 @@ def test_retention_after_training(tmp_path):
     assert read_config(tmp_path / "adapter")["metrics"]["retention/after"] == pytest.approx(after, abs=1e-6)
 
 
+def test_retention_over_several_sets_is_their_mean_and_joins_the_own_accuracy(tmp_path):
+    task = FewShotClassification(clip(tmp_path), TextHead(), optimizer=adam(1.0))
+    own, sets = digits(shots=4), {"numbers": digits(shots=1, template="the number {}."), "cats": digits(shots=1, template="{} cats.")}
+    options = {"callbacks": [ZeroShotRetention(sets)], "logger": CSVLogger(tmp_path, name="", version="")}
+    fit(tmp_path, task, own, lora(), "attn+mlp", max_steps=6, **options)
+    found = logged(tmp_path)
+    after = [zero_shot(task.backbone, data) for data in sets.values()]
+    assert [found["retention/numbers/after"], found["retention/cats/after"]] == pytest.approx(after, abs=1e-6)
+    kept, learnt = sum(after) / 2, plain_accuracy(task, own)
+    assert found["retention/after"] == pytest.approx(kept, abs=1e-6)
+    assert found["retention/harmonic"] == pytest.approx(2 / (1 / kept + 1 / learnt), abs=1e-6)
+
+
 def test_retention_needs_a_text_tower(tmp_path):
     task = FewShotClassification(vit(), LinearHead("zeros"))
     with pytest.raises(UserError, match="ZeroShotRetention needs a backbone with a text tower; Vit has none"):
-        fit(tmp_path, task, digits(), lora(), callbacks=[ZeroShotRetention(digits())])
+        fit(tmp_path, task, digits(), lora(), callbacks=[ZeroShotRetention({"digits": digits()})])
