@@ -11,16 +11,17 @@ import pytest
 import torch
 from PIL import Image
 from sklearn.metrics import confusion_matrix, f1_score
-from small_runs import adam, digits, fit, lora, trainer, vit
+from small_runs import adam, clip, digits, fit, lora, trainer, vit
 from torch import nn
 
+from vision_peft.adapters.lora_ga import LoRAGA
 from vision_peft.data import ImageFolder
 from vision_peft.data.fewshot_images import FewShotImages
 from vision_peft.engine.callback import AdapterCallback
 from vision_peft.engine.install import adapters_off
 from vision_peft.engine.store import load_adapter, read_config
 from vision_peft.tasks.fewshot_classification import FewShotClassification
-from vision_peft.tasks.heads import CosineHead, LinearHead
+from vision_peft.tasks.heads import CosineHead, LinearHead, TextHead
 
 
 @pytest.fixture(scope="module")
@@ -198,3 +199,10 @@ def test_training_leaves_requires_grad_to_the_parts(finished):
     task, _, _ = finished
     assert not any(p.requires_grad for p in task.backbone.parameters())
     assert all(isinstance(p, nn.Parameter) and p.requires_grad for part in task.parts.values() for p in part.parameters())
+
+
+def test_a_calibration_pass_reaches_the_text_tower(tmp_path):
+    """Its features are remembered only where nothing in it will change."""
+    task = FewShotClassification(clip(tmp_path), TextHead(), optimizer=adam())
+    adapter = fit(tmp_path, task, digits(), LoRAGA(rank=2), ["text:qv", "vision:qv"], max_steps=1)
+    assert {site.target.partition(".")[0] for site in adapter.adapters.sites} == {"text", "vision"}

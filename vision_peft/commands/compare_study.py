@@ -86,13 +86,29 @@ def _setting(text: str) -> tuple[str, Any]:
     return key, yaml.safe_load(value)
 
 
+def _open(storage: str) -> optuna.Study:
+    """The study in `storage`, made if need be.
+
+    Processes that open a new store at the same moment all try to create its tables; those that come second find them at another try.
+    """
+    from sqlalchemy.exc import DBAPIError
+
+    given = {"storage": storage, "study_name": STUDY, "direction": "maximize", "load_if_exists": True}
+    for _ in range(4):
+        try:
+            return optuna.create_study(**given)
+        except (DBAPIError, optuna.exceptions.StorageInternalError):
+            time.sleep(0.5)
+    return optuna.create_study(**given)
+
+
 class Study:
     """Trials are (phase, method, lr, seed): `choose` at every rate with the first seed, `report` at the chosen rate with every seed."""
 
     def __init__(self, plan: Plan, storage: str, folder: Path) -> None:
         optuna.logging.set_verbosity(optuna.logging.WARNING)
         self.plan, self.folder = plan, folder
-        self.study = optuna.create_study(storage=storage, study_name=STUDY, direction="maximize", load_if_exists=True)
+        self.study = _open(storage)
         everything = repr((plan.words, sorted(plan.settings.items()), plan.score))
         before = self.study.user_attrs.setdefault("plan", everything)
         if before != everything:

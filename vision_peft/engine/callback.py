@@ -53,11 +53,11 @@ class AdapterCallback(pl.Callback):
         if self.method is None or installed(network):
             return
         sites = resolve(self.targets, task.backbone.sites(), self.method)
+        task.backbone.adapted = frozenset(site.target for site in sites)  # first: a calibration pass asks what changes, too
         evidence = self._evidence(trainer, task, sites) if self.method.evidence and stage == "fit" else None
         options = {"sites": task.backbone.sites(), "seed": self.seed, "evidence": evidence, "restoring": stage != "fit"}
         self.adapters = attach(network, self.method, self.targets, **options)
         task.add_part("adapters", self.adapters)
-        task.backbone.adapted = frozenset(site.target for site in self.adapters.sites)
         rank_zero_info(f"{self.method!r}\n{table(self.adapters.sites, self.method, collapse=True)}")
 
     def on_train_start(self, trainer: pl.Trainer, task: Any) -> None:

@@ -11,6 +11,8 @@ from importlib import resources
 from pathlib import Path
 from typing import Any
 
+from vision_peft.report.labels import write_beside
+
 Row = dict[str, Any]  # of a trial: phase, method, lr, seed, val, trainable, seconds, mib, test metrics; or error
 HEADER = ("method", "trained", "val best", "val median", "val worst", "at rate", "test", "seeds", "s", "MiB")
 
@@ -72,17 +74,21 @@ def plot(summary: Sequence[Row], path: Path, report: str) -> None:
     """Accuracy against trained numbers, one point a method, whiskers of one standard deviation over seeds."""
     from matplotlib.figure import Figure
 
-    figure = Figure(figsize=(10, 6.5), layout="constrained")
-    axes = figure.subplots()
     shown = [each for each in summary if each["seeds"]]
+    figure = Figure(figsize=(10, 6.5 if len(shown) < 20 else 11), layout="constrained")
+    axes = figure.subplots()
     floor = max(1, min((each["trained"] for each in shown if each["trained"]), default=1) / 4)  # where a method without numbers stands
+    points = {}
     for each in shown:
         x, y, spread = max(each["trained"], floor), 100 * each["test"], 100 * each["spread"]
-        axes.errorbar(x, y, yerr=spread if spread == spread else None, fmt="o", markersize=4, capsize=2, elinewidth=0.7, alpha=0.8)
-        axes.annotate(each["method"], (x, y), xytext=(4, 3), textcoords="offset points", fontsize=7)
+        axes.errorbar(x, y, yerr=spread if spread == spread else None, fmt="o", markersize=4, capsize=2, elinewidth=0.5, alpha=0.6)
+        points[each["method"]] = (x, y)
     axes.set_xscale("log")
+    axes.margins(x=0.08)
     axes.grid(alpha=0.25, linewidth=0.5)
     axes.set(xlabel="trained numbers in the adapters", ylabel=f"{report}, percent", title=f"{len(shown)} methods")
+    figure.canvas.draw()  # settles where points are on the page
+    write_beside(axes, points)
     figure.savefig(path, dpi=120)
 
 
