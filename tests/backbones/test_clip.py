@@ -27,7 +27,7 @@ from tiny_clip import (
 )
 from torch import nn
 
-from vision_peft.backbones import clip
+from vision_peft.backbones import clip, clip_config
 from vision_peft.backbones.clip import Clip
 from vision_peft.errors import UserError
 
@@ -160,11 +160,28 @@ def test_a_hub_repository_brings_config_and_weights(tmp_path, monkeypatch):
     torch.save(source.network.state_dict(), tmp_path / "weights.pt")
     content = {"model_cfg": TINY, "preprocess_cfg": {"mean": [0.1, 0.2, 0.3]}}
     (tmp_path / "open_clip_config.json").write_text(json.dumps(content))
-    monkeypatch.setattr(clip, "download_pretrained_from_hf", lambda repository, filename="weights.pt": str(tmp_path / filename))
+    monkeypatch.setattr(clip_config, "download_pretrained_from_hf", lambda repository, filename="weights.pt": str(tmp_path / filename))
     backbone = Clip("hf-hub:owner/tiny")
     backbone.load()
     assert backbone.preprocess.mean == (0.1, 0.2, 0.3)
     torch.testing.assert_close(backbone(images()), source(images()))
+
+
+def test_a_folder_brings_config_and_weights(tmp_path):
+    source = loaded(tmp_path)
+    folder = tmp_path / "folder"
+    folder.mkdir()
+    with pytest.raises(UserError, match=r"model config .*folder.open_clip_config\.json"):
+        Clip(f"local-dir:{folder}")
+    (folder / "open_clip_config.json").write_text(json.dumps({"model_cfg": TINY}))
+    backbone = Clip(f"local-dir:{folder}")
+    with pytest.raises(UserError, match=r"folder holds no open_clip_model\.safetensors"):
+        backbone.load()
+    save_file(source.network.state_dict(), folder / "open_clip_model.safetensors")
+    backbone.load()
+    torch.testing.assert_close(backbone(images()), source(images()))
+    theirs = open_clip.create_model(f"local-dir:{folder}").eval()
+    torch.testing.assert_close(backbone(images()), theirs.encode_image(images()))
 
 
 @pytest.mark.parametrize("options", [dict(text_chunk=2), dict(text_checkpointing=True), dict(text_checkpointing=True, text_chunk=1)])
@@ -243,7 +260,7 @@ def test_copies_and_pickles(kind, tmp_path):
         assert other.describe() == backbone.describe()
 
 
-def test_a_hugging_face_text_tower_runs_at_full_length(tmp_path, monkeypatch):
+def test_a_hugging_face_text_tower_runs_to_the_longest_prompt(tmp_path, monkeypatch):
     pytest.importorskip("transformers")
     sizes = dict(
         hidden_size=16, num_hidden_layers=1, num_attention_heads=2, intermediate_size=16, vocab_size=60, max_position_embeddings=20
@@ -253,7 +270,10 @@ def test_a_hugging_face_text_tower_runs_at_full_length(tmp_path, monkeypatch):
     backbone = loaded(tmp_path, {**TINY, "text_cfg": text})
     assert {site.path for site in backbone.sites()} == {name for name, _ in backbone.network.named_parameters()}
     monkeypatch.setattr(clip, "tokenizer", lambda text_cfg: lambda prompts: torch.tensor([[2, 5, 6, 3] + [0] * 8] * len(prompts)))
-    assert backbone.tokenize(PROMPTS).shape == (3, 12)
+    assert backbone.tokenize(PROMPTS).shape == (3, 4)
+    full = clip.tokenizer({})(PROMPTS)
+    torch.testing.assert_close(backbone.eval().encode_text(full), backbone.encode_text(full[:, :4]))
+    assert {"text.token_embed", "text.0.attn.q", "text.0.mlp.fc2"} <= {site.target for site in backbone.sites()}
     features = backbone.train().text_features(PROMPTS, frozen=True)
     assert features.shape == (3, 32)
     torch.testing.assert_close(features[0], features[1], rtol=0, atol=1e-6)  # BERT's dropout was off

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import json
-import os
 import warnings
 from collections.abc import Sequence
 from pathlib import Path
@@ -11,27 +9,26 @@ from typing import Any, Literal
 
 import open_clip
 import torch
-from open_clip.pretrained import download_pretrained_from_hf
 from open_clip.transform import PreprocessCfg, merge_preprocess_dict
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from vision_peft.backbones.base import Preprocess
+from vision_peft.backbones.clip_config import brings_weights, check_image_size, check_weights, read_config, weights_file
 from vision_peft.backbones.clip_network import CutVisionTransformer, build, load_weights, one_line, resize, side_of
 from vision_peft.backbones.clip_sites import AFTER_BLOCKS, POSITIONS, name_clip_sites
-from vision_peft.backbones.clip_text import ShortTextCLIP, ShortTextTransformer, tokenizer
+from vision_peft.backbones.clip_text import SHORT, tokenizer
 from vision_peft.backbones.two_towers import TwoTowers
 from vision_peft.engine.site import Site
-from vision_peft.errors import UserError, nearest
-
-HUB = "hf-hub:"  # open_clip's prefix of a Hugging Face repository that holds both config and weights
+from vision_peft.errors import UserError
 
 
 class Clip(TwoTowers):
     """An open_clip model, both towers.
 
     Args:
-        name: open_clip model name (`ViT-B-16`, `RN50`, `ViT-B-16-SigLIP`, ...) or `hf-hub:<owner>/<repository>`, which brings its weights.
+        name: open_clip model name (`ViT-B-16`, `RN50`, `ViT-B-16-SigLIP`, ...), or `hf-hub:<owner>/<repository>` or `local-dir:<folder>`,
+            which bring their weights.
         weights: an open_clip pretrained tag of that model (`openai`, `laion2b_s34b_b88k`, ...), a file (.safetensors, .pt), or
             None: random values, with a warning.
         config: an open_clip model config (JSON) to use instead of a built-in one; its file name becomes the model's name.
@@ -54,17 +51,17 @@ class Clip(TwoTowers):
         text_chunk: int | None = None,
     ) -> None:
         super().__init__(text_checkpointing, text_chunk)
-        self.name = Path(config).stem if config else name.replace("/", "-") if not name.startswith(HUB) else name
+        self.name = Path(config).stem if config else name if brings_weights(name) else name.replace("/", "-")
         self.weights, self.config = weights, config
 
-        self._config, transform = _read_config(self.name, config)
+        self._config, transform = read_config(self.name, config)
         self._tag = open_clip.get_pretrained_cfg(self.name, weights) if weights else {}
-        _check_weights(self.name, weights, self._tag)
+        check_weights(self.name, weights, self._tag)
         trained = self._tag.get("quick_gelu", self._config.get("quick_gelu", False))
         self._config["quick_gelu"] = trained if quick_gelu == "auto" else quick_gelu
         self._resize_to = image_size
         if image_size is not None:
-            _check_image_size(self.name, self._config["vision_cfg"], image_size, weights)
+            check_image_size(self.name, self._config["vision_cfg"], image_size, weights)
             self._config["vision_cfg"]["image_size"] = image_size
 
         self.network, self._sites = outline(self.name, self._config, image_size)
@@ -77,7 +74,7 @@ class Clip(TwoTowers):
     def load(self) -> None:
         if not self.network.logit_scale.is_meta:
             return
-        source = self._weights_source()
+        source = weights_file(self.name, self.weights, self._tag)
         if source is None:
             warnings.warn(f"Clip {self.name}: no weights given, the network starts from random values", stacklevel=2)
         network = build(self._config)
@@ -95,18 +92,6 @@ class Clip(TwoTowers):
             if isinstance(module, _BatchNorm):
                 module.eval()
         return self
-
-    def _weights_source(self) -> str | None:
-        """The file to read, downloaded into open_clip's cache where it is a tag's or a hub repository's."""
-        try:
-            if self._tag:
-                return open_clip.download_pretrained(self._tag)
-            if self.weights is None and self.name.startswith(HUB):
-                return download_pretrained_from_hf(self.name.removeprefix(HUB))
-        except Exception as error:  # urllib, huggingface_hub and open_clip each raise their own
-            what = f"{self.name} {self.weights}" if self._tag else self.name
-            raise UserError(f"backbone.weights: {what} could not be downloaded: {one_line(error)}") from error
-        return self.weights
 
     # ---- images ----
 
@@ -141,7 +126,7 @@ class Clip(TwoTowers):
             raise UserError(f"tokenizer {self._config['text_cfg']['hf_tokenizer_name']} of {self.name}: {one_line(error)}") from error
         tokens = encode(list(prompts))
         tower = getattr(self.network, "text", self.network)
-        return tokens[:, : tower.needed(tokens)] if isinstance(tower, (ShortTextCLIP, ShortTextTransformer)) else tokens
+        return tokens[:, : tower.needed(tokens)] if isinstance(tower, SHORT) else tokens
 
     # ---- names ----
 
@@ -171,42 +156,3 @@ def outline(name: str, config: dict[str, Any], image_size: int | None) -> tuple[
     except Exception as error:  # a misspelt key, an impossible size, a Hugging Face text tower whose config is not in the cache
         size = "" if image_size is None else f" with image_size {image_size}"
         raise UserError(f"backbone {name} cannot be built{size}: {one_line(error)}") from error
-
-
-def _read_config(name: str, path: str | None) -> tuple[dict[str, Any], dict[str, Any]]:
-    """Model config, and preprocessing config where the source has one."""
-    if path is None and not name.startswith(HUB):
-        config = open_clip.get_model_config(name)
-        if config is None:
-            raise UserError(f"backbone.name: open_clip has no model {name!r}{nearest(name, open_clip.list_models())}")
-        return config, {}
-    try:
-        path = path or download_pretrained_from_hf(name.removeprefix(HUB), filename="open_clip_config.json")
-        content = json.loads(Path(path).read_text(encoding="utf-8"))
-        config = content.get("model_cfg", content)
-        missing = {"embed_dim", "vision_cfg", "text_cfg"} - config.keys()
-    except (OSError, ValueError, AttributeError) as error:
-        raise UserError(f"model config {path or name}: {one_line(error)}") from error
-    if missing:
-        raise UserError(f"model config {path}: no {', '.join(sorted(missing))}")
-    return config, content.get("preprocess_cfg", {})
-
-
-def _check_weights(name: str, weights: str | None, tag: dict[str, Any]) -> None:
-    if weights is None or tag or os.path.isfile(weights):
-        return
-    tags = open_clip.list_pretrained_tags_by_model(name)
-    known = f" (tags: {', '.join(tags)})" if tags else ""
-    raise UserError(f"backbone.weights: {weights!r} is neither a file nor a pretrained tag of {name}{nearest(weights, tags)}{known}")
-
-
-def _check_image_size(name: str, vision: dict[str, Any], size: int, weights: str | None) -> None:
-    if vision.get("timm_model_name"):
-        return
-    native, patch = vision.get("image_size", 224), vision.get("patch_size", 16)
-    if isinstance(vision.get("layers"), list):
-        if weights is not None and size != native:
-            raise UserError(f"backbone.image_size: open_clip cannot resize the attention pool of {name}, trained at {native}; got {size}")
-    elif size < patch or size % patch:
-        below = max(size // patch * patch, patch)
-        raise UserError(f"backbone.image_size: {size} is not a multiple of {name}'s patch size {patch}; try {below} or {below + patch}")

@@ -7,12 +7,13 @@ from typing import Any, ClassVar
 
 import open_clip
 from open_clip import CLIP, CoCa, CustomTextCLIP
+from open_clip.hf_model import HFTextEncoder
 from open_clip.timm_model import TimmModel
 from open_clip.transformer import TextTransformer, VisionTransformer
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from vision_peft.backbones.clip_text import ShortTextCLIP, ShortTextTransformer
+from vision_peft.backbones.clip_text import ShortHFText, ShortTextCLIP, ShortTextTransformer
 from vision_peft.errors import UserError
 
 
@@ -52,6 +53,7 @@ EXTENDED: dict[type[nn.Module], type[nn.Module]] = {
     CLIP: ShortTextCLIP,
     CustomTextCLIP: ScaledCustomTextCLIP,
     CoCa: ScaledCoCa,
+    HFTextEncoder: ShortHFText,
     TextTransformer: ShortTextTransformer,
     VisionTransformer: CutVisionTransformer,
 }
@@ -72,6 +74,8 @@ def build(config: dict[str, Any]) -> nn.Module:
     network = kind(**config)
     for module in network.modules():
         module.__class__ = EXTENDED.get(type(module), type(module))
+        if isinstance(module, nn.Dropout):  # of Hugging Face's text towers
+            module.p = 0.0
     return network.requires_grad_(False)
 
 

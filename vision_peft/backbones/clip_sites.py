@@ -8,6 +8,7 @@ from open_clip.timm_model import TimmModel
 from open_clip.transformer import VisionTransformer
 from torch import nn
 
+from vision_peft.backbones import bert_names
 from vision_peft.backbones.clip_network import EXTENDED
 from vision_peft.backbones.timm_sites import name_sites, trace
 from vision_peft.engine.site import Role, Site, enumerate_sites, renamer
@@ -56,7 +57,7 @@ def name_clip_sites(network: nn.Module, image_size: int) -> list[Site]:
     """Every parameter of a network of the meta device: open_clip's own towers by the rules above, the rest as Vit names it."""
     calls = {path: module.calls for path, module in network.named_modules() if type(module) in EXTENDED.values()}
     foreign = _foreign_sites(network.visual, image_size)
-    own = enumerate_sites(network, renamer(_RULES), calls=calls)
+    own = enumerate_sites(network, renamer([*bert_names.RULES, *_RULES]), calls=calls)
     return [_bare(named) for site in own for named in foreign.get(site.path, [site])]
 
 

@@ -1,8 +1,9 @@
 """The text side of CLIP: prompts run to their own length instead of the full context, and tokenizers made once.
 
-A causal tower that pools at the end token never looks at what follows it, so the columns after the longest prompt can be
-dropped: the same features from 14 positions instead of 77. open_clip wants all positions; the subclasses here do not. An
-instance becomes one by assignment of its `__class__`, so parameters, state_dict keys, deepcopy and pickle stay as they are.
+A causal tower that pools at the end token never looks at what follows it, so the columns after the longest prompt can be dropped: the
+same features from 14 positions instead of 77. A Hugging Face tower masks its padding, which can go as well. open_clip wants all
+positions; the subclasses here do not. An instance becomes one by assignment of its `__class__`, so parameters, state_dict keys,
+deepcopy and pickle stay as they are.
 """
 
 from __future__ import annotations
@@ -16,6 +17,7 @@ from typing import Any, ClassVar
 import torch
 import torch.nn.functional as F
 from open_clip import CLIP, SimpleTokenizer
+from open_clip.hf_model import HFTextEncoder
 from open_clip.tokenizer import HFTokenizer
 from open_clip.transformer import TextTransformer, text_global_pool
 from torch import Tensor, nn
@@ -62,6 +64,19 @@ class ShortTextCLIP(CLIP):
 
     def learned_scale(self) -> Tensor:
         return self.logit_scale.exp()
+
+
+class ShortHFText(HFTextEncoder):
+    """A Hugging Face model as text tower; takes any number of tokens up to the context length."""
+
+    calls: ClassVar = ("forward",)
+
+    def needed(self, tokens: Tensor) -> int:
+        """How many of the first columns of tokens (C, L) decide the features."""
+        return int((tokens != self.config.pad_token_id).any(0).nonzero().max()) + 1
+
+
+SHORT = (ShortTextCLIP, ShortTextTransformer, ShortHFText)
 
 
 def _needed(tokens: Tensor, pool_type: str, eos_id: int) -> int:

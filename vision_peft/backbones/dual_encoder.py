@@ -23,7 +23,7 @@ from timm.data import ImageNetInfo
 from torch import Tensor, nn
 from tqdm.auto import tqdm
 
-from vision_peft.backbones import minilm
+from vision_peft.backbones import bert_names, minilm
 from vision_peft.backbones.base import Preprocess
 from vision_peft.backbones.offline import carrier, fetch
 from vision_peft.backbones.timm_sites import name_sites, trace
@@ -134,14 +134,14 @@ class DualEncoder(TwoTowers):
 
 
 def _sites(network: JoinedTowers, image_size: int) -> list[Site]:
-    """Every parameter: the image tower as Vit names a timm network, the text tower by minilm's rules."""
+    """Every parameter: the image tower as Vit names a timm network, the text tower by a BERT's rules."""
     called, _ = trace(network.visual.trunk, image_size)
     path = "visual.trunk"
     image = {}
     for site in name_sites(network.visual.trunk, called, ("forward",)):
         site = replace(site, reader=f"{path}.{site.reader}" if site.reader else path)
         image.setdefault(site.path, []).append(site)
-    rules = [*minilm.RULES, (r"(.+)", r"\1")]
+    rules = [*bert_names.RULES, (r"(.+)", r"\1")]
     return [named for site in enumerate_sites(network, renamer(rules), calls={"": network.calls}) for named in image.get(site.path, [site])]
 
 

@@ -17,20 +17,6 @@ from vision_peft.backbones.offline import fetch
 NAME, WIDTH, LONGEST = "offline:minilm_l6", 384, 64
 SHAPE = {"vocab_size": 30522, "hidden_size": WIDTH, "num_hidden_layers": 6, "num_attention_heads": 12, "intermediate_size": 1536}
 
-RULES = [
-    (r"text\.bert\.embeddings\.word_embeddings", "text.token_embed"),
-    (r"text\.bert\.embeddings\.position_embeddings", "text.pos_embed"),
-    (r"text\.bert\.embeddings\.LayerNorm", "text.norm_pre"),
-    (r"text\.bert\.encoder\.layer\.(\d+)\.attention\.self\.query", r"text.\1.attn.q"),
-    (r"text\.bert\.encoder\.layer\.(\d+)\.attention\.self\.key", r"text.\1.attn.k"),
-    (r"text\.bert\.encoder\.layer\.(\d+)\.attention\.self\.value", r"text.\1.attn.v"),
-    (r"text\.bert\.encoder\.layer\.(\d+)\.attention\.output\.dense", r"text.\1.attn.out"),
-    (r"text\.bert\.encoder\.layer\.(\d+)\.attention\.output\.LayerNorm", r"text.\1.norm1"),
-    (r"text\.bert\.encoder\.layer\.(\d+)\.intermediate\.dense", r"text.\1.mlp.fc1"),
-    (r"text\.bert\.encoder\.layer\.(\d+)\.output\.dense", r"text.\1.mlp.fc2"),
-    (r"text\.bert\.encoder\.layer\.(\d+)\.output\.LayerNorm", r"text.\1.norm2"),
-]  # module paths in a dual encoder -> canonical names
-
 
 class MiniLm(nn.Module):
     """Mean of the tokens' last hidden states, unit length: (C, L) token ids, 0 for padding -> (C, 384)."""
