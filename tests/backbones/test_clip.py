@@ -6,10 +6,12 @@ import copy
 import json
 import pickle
 import re
+import warnings
 
 import open_clip
 import pytest
 import torch
+import torch.nn.functional as F
 from open_clip.transformer import QuickGELU
 from safetensors.torch import save_file
 from tiny_clip import (
@@ -27,8 +29,11 @@ from tiny_clip import (
 )
 from torch import nn
 
+from vision_peft.adapters.lora import LoRA
 from vision_peft.backbones import clip, clip_config
 from vision_peft.backbones.clip import Clip
+from vision_peft.backbones.clip_network import OPENAI_FACTS
+from vision_peft.engine.install import attach
 from vision_peft.errors import UserError
 
 
@@ -41,6 +46,30 @@ def test_both_towers_compute_what_open_clip_computes(kind, tmp_path):
     assert features.shape == (2, backbone.num_features) == (2, 32)
     torch.testing.assert_close(features, reference.encode_image(images(), normalize=False))
     torch.testing.assert_close(backbone.encode_text(tokens), reference.encode_text(tokens, normalize=False))
+
+
+@pytest.mark.parametrize("name", ["ViT-B-32", "ViT-B-16"])
+def test_adapted_attention_is_open_clips_at_full_size(name):
+    """With adapters that change nothing yet: to 1e-5 in float32, and in bf16 no farther from float32 than open_clip itself is."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        torch.manual_seed(0)
+        backbone = Clip(name)
+        backbone.load()
+    reference = original(backbone.eval(), open_clip.get_model_config(name))
+    pictures, tokens = images(224), open_clip.get_tokenizer(name)(PROMPTS)
+    attach(backbone.network, LoRA(rank=2), "attn", sites=backbone.sites())
+    with torch.no_grad():
+        pairs = [(backbone(pictures), reference.encode_image(pictures))]
+        pairs += [(backbone.encode_text(backbone.tokenize(PROMPTS)), reference.encode_text(tokens))]
+        with torch.autocast("cpu", torch.bfloat16):
+            rough = [(backbone(pictures), reference.encode_image(pictures))]
+            rough += [(backbone.encode_text(backbone.tokenize(PROMPTS)), reference.encode_text(tokens))]
+    for (ours, theirs), (ours_rough, theirs_rough) in zip(pairs, rough):
+        exact = F.normalize(theirs, dim=-1)
+        torch.testing.assert_close(F.normalize(ours, dim=-1), exact, rtol=0, atol=1e-5)
+        errors = [(F.normalize(each.float(), dim=-1) - exact).norm() for each in (ours_rough, theirs_rough)]
+        assert errors[0] < 1.5 * errors[1]
 
 
 @pytest.mark.parametrize(("kind", "length"), {"flat": 12, "eos": 12, "bias": 12, "bidirectional": 77, "coca": 76}.items())
@@ -81,6 +110,25 @@ def test_loads_a_file_in_open_clips_layout(suffix, tmp_path):
     assert not any(parameter.requires_grad for parameter in backbone.parameters())
     assert network.state_dict().keys() == values.keys()
     assert all(torch.equal(value, values[key]) for key, value in network.state_dict().items())
+
+
+def test_loads_openais_own_archives(tmp_path):
+    """A traced program with three numbers beside the weights, in half precision, whose QuickGELU no state dict tells."""
+    source = loaded(tmp_path, quick_gelu=True).eval()
+    network = original(source, {**TINY, "quick_gelu": True})
+    network.attn_mask = network._buffers.pop("attn_mask")  # no tensor of theirs
+    for number, key in enumerate(OPENAI_FACTS):
+        network.__dict__.pop(key, None)
+        network.register_buffer(key, torch.tensor(number))
+    tokens = open_clip.SimpleTokenizer()(PROMPTS)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        torch.jit.trace(network, (images()[:1], tokens), check_trace=False).half().save(tmp_path / "ViT.pt")
+    backbone = make(tmp_path, weights=str(tmp_path / "ViT.pt"))
+    backbone.load()
+    assert backbone.describe()["quick_gelu"] is True and backbone.network.logit_scale.dtype == torch.float32
+    torch.testing.assert_close(backbone.eval()(images()), source(images()), rtol=2e-2, atol=2e-2)  # the weights were rounded
+    torch.testing.assert_close(backbone.encode_text(tokens), source.encode_text(tokens), rtol=2e-2, atol=2e-2)
 
 
 def test_files_that_do_not_load_are_the_users_error(tmp_path):

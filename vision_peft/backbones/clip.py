@@ -15,7 +15,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 
 from vision_peft.backbones.base import Preprocess
 from vision_peft.backbones.clip_config import brings_weights, check_image_size, check_weights, read_config, weights_file
-from vision_peft.backbones.clip_network import CutVisionTransformer, build, load_weights, one_line, resize, side_of
+from vision_peft.backbones.clip_network import CutVisionTransformer, build, is_torchscript, load_weights, one_line, resize, side_of
 from vision_peft.backbones.clip_sites import AFTER_BLOCKS, POSITIONS, name_clip_sites
 from vision_peft.backbones.clip_text import SHORT, tokenizer
 from vision_peft.backbones.two_towers import TwoTowers
@@ -29,13 +29,13 @@ class Clip(TwoTowers):
     Args:
         name: open_clip model name (`ViT-B-16`, `RN50`, `ViT-B-16-SigLIP`, ...), or `hf-hub:<owner>/<repository>` or `local-dir:<folder>`,
             which bring their weights.
-        weights: an open_clip pretrained tag of that model (`openai`, `laion2b_s34b_b88k`, ...), a file (.safetensors, .pt), or
-            None: random values, with a warning.
+        weights: an open_clip pretrained tag of that model (`openai`, `laion2b_s34b_b88k`, ...), a file (.safetensors, .pt, OpenAI's
+            archive), or None: random values, with a warning.
         config: an open_clip model config (JSON) to use instead of a built-in one; its file name becomes the model's name.
         image_size: side of the image; position tables are resized to it. None: the model's own.
         quick_gelu: activation of the towers. `auto` is what the pretrained tag was trained with (open_clip itself would run
-            `ViT-B-16` with OpenAI's weights on plain GELU and lose several points); a file does not say, so there `auto` follows
-            the model config: set True for OpenAI's weights in a file.
+            `ViT-B-16` with OpenAI's weights on plain GELU and lose several points), and True for a TorchScript archive, which is
+            OpenAI's own layout; another file does not say, so there `auto` follows the model config.
         text_checkpointing, text_chunk: see TwoTowers.
     """
 
@@ -57,7 +57,8 @@ class Clip(TwoTowers):
         self._config, transform = read_config(self.name, config)
         self._tag = open_clip.get_pretrained_cfg(self.name, weights) if weights else {}
         check_weights(self.name, weights, self._tag)
-        trained = self._tag.get("quick_gelu", self._config.get("quick_gelu", False))
+        openai = bool(weights) and not self._tag and is_torchscript(weights)
+        trained = openai or self._tag.get("quick_gelu", self._config.get("quick_gelu", False))
         self._config["quick_gelu"] = trained if quick_gelu == "auto" else quick_gelu
         self._resize_to = image_size
         if image_size is not None:

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import warnings
+import zipfile
 from copy import deepcopy
 from typing import Any, ClassVar
 
 import open_clip
+import torch
 from open_clip import CLIP, CoCa, CustomTextCLIP
 from open_clip.hf_model import HFTextEncoder
 from open_clip.timm_model import TimmModel
@@ -14,6 +17,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from vision_peft.backbones.clip_text import ShortHFText, ShortTextCLIP, ShortTextTransformer
+from vision_peft.engine.attention import BatchedAttention
 from vision_peft.errors import UserError
 
 
@@ -49,6 +53,8 @@ class ScaledCoCa(CoCa):
         return self.logit_scale.exp()
 
 
+OPENAI_FACTS = ("input_resolution", "context_length", "vocab_size")  # numbers among the tensors of OpenAI's archives
+
 EXTENDED: dict[type[nn.Module], type[nn.Module]] = {
     CLIP: ShortTextCLIP,
     CustomTextCLIP: ScaledCustomTextCLIP,
@@ -56,6 +62,7 @@ EXTENDED: dict[type[nn.Module], type[nn.Module]] = {
     HFTextEncoder: ShortHFText,
     TextTransformer: ShortTextTransformer,
     VisionTransformer: CutVisionTransformer,
+    nn.MultiheadAttention: BatchedAttention,
 }
 
 
@@ -81,9 +88,25 @@ def build(config: dict[str, Any]) -> nn.Module:
 
 def load_weights(network: nn.Module, source: str, name: str) -> None:
     try:
-        open_clip.load_checkpoint(network, source, strict=True, weights_only=True)
+        if is_torchscript(source):
+            with warnings.catch_warnings():
+                warnings.simplefilter("ignore", FutureWarning)  # torch advises those who write such archives to stop
+                state = torch.jit.load(source, map_location="cpu").state_dict()
+            state = {key: value.float() for key, value in state.items() if key not in OPENAI_FACTS}
+            open_clip.model.resize_pos_embed(state, network)
+            network.load_state_dict(state)
+        else:
+            open_clip.load_checkpoint(network, source, strict=True, weights_only=True)
     except Exception as error:  # torch, pickle, zipfile and safetensors each raise their own for a damaged or foreign file
         raise UserError(f"{source} cannot be loaded as {name}: {one_line(error)}") from error
+
+
+def is_torchscript(path: str) -> bool:
+    """Whether a file is an archive of torch.jit, as OpenAI published its weights; its program is never run."""
+    if not zipfile.is_zipfile(path):
+        return False
+    with zipfile.ZipFile(path) as archive:
+        return any("/code/" in name for name in archive.namelist())
 
 
 def resize(network: nn.Module, size: int | None) -> None:

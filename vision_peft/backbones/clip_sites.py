@@ -55,7 +55,8 @@ AFTER_BLOCKS = frozenset({"norm", "proj", "attn_pool", "attn_pool_contrastive"})
 
 def name_clip_sites(network: nn.Module, image_size: int) -> list[Site]:
     """Every parameter of a network of the meta device: open_clip's own towers by the rules above, the rest as Vit names it."""
-    calls = {path: module.calls for path, module in network.named_modules() if type(module) in EXTENDED.values()}
+    extended = {path: module for path, module in network.named_modules() if type(module) in EXTENDED.values()}
+    calls = {path: module.calls for path, module in extended.items() if hasattr(module, "calls")}
     foreign = _foreign_sites(network.visual, image_size)
     own = enumerate_sites(network, renamer([*bert_names.RULES, *_RULES]), calls=calls)
     return [_bare(named) for site in own for named in foreign.get(site.path, [site])]

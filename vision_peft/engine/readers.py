@@ -13,6 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from vision_peft.engine.attention import BatchedAttention, attend, attention, is_plain, is_self_attention
 from vision_peft.engine.factored import factored_linear
 from vision_peft.engine.views import State, View
 from vision_peft.errors import UserError
@@ -105,8 +106,8 @@ class LinearReader(Reader):
 class AttentionReader(Reader):
     """nn.MultiheadAttention re-expressed over its own tensors, so that q, k, v and out take the cheap path.
 
-    Self-attention without returned weights (what CLIP's towers ask for) is computed here; anything else runs the module's
-    own code with shadowed parameters, which is the same function at the price of dense weight gradients and without dropout.
+    What is no plain self-attention runs the module's own code with shadowed parameters, which is the same function at the price of
+    dense weight gradients and without dropout.
     """
 
     def adapted(
@@ -121,15 +122,11 @@ class AttentionReader(Reader):
         average_attn_weights: bool = True,
         is_causal: bool = False,
     ) -> tuple[Tensor, Tensor | None]:
-        plain = self._self_attention(query, key, value, key_padding_mask) and not need_weights
-        if not plain or (is_causal and attn_mask is None):
+        if not is_plain(self.module, query, key, value, key_padding_mask, need_weights, attn_mask, is_causal):
             options = {"key_padding_mask": key_padding_mask, "need_weights": need_weights, "attn_mask": attn_mask}
             options |= {"average_attn_weights": average_attn_weights, "is_causal": is_causal}
             return super().adapted(call, query, key, value, **options)
-        module: nn.MultiheadAttention = self.module
-        x = query if module.batch_first else query.transpose(0, 1)
-        out = self.linear(self._attend(x, attn_mask), "out_proj.weight", "out_proj.bias")
-        return (out if module.batch_first else out.transpose(0, 1)), None
+        return attention(self.module, query, attn_mask, self.linear), None
 
     def observe(
         self,
@@ -141,33 +138,13 @@ class AttentionReader(Reader):
         attn_mask: Tensor | None = None,
         **kwargs: Any,
     ) -> None:
-        if not self._self_attention(query, key, value, key_padding_mask):
+        if not is_self_attention(self.module, query, key, value, key_padding_mask):
             raise UserError("evidence: covariances of an attention are taken of batched self-attention without padding masks only")
         for name in self.views:
             if name == "in_proj_weight":
                 self.report(name, query)
             elif name == "out_proj.weight":
-                self.report(name, self._attend(query if self.module.batch_first else query.transpose(0, 1), attn_mask))
-
-    def _self_attention(self, query: Tensor, key: Tensor, value: Tensor, padding: Tensor | None) -> bool:
-        module: nn.MultiheadAttention = self.module
-        plain = module._qkv_same_embed_dim and module.bias_k is None and module.bias_v is None and not module.add_zero_attn
-        return plain and query is key and key is value and padding is None and query.dim() == 3
-
-    def _attend(self, x: Tensor, attn_mask: Tensor | None) -> Tensor:
-        """Attention of x (batch, length, width) before the output projection."""
-        module: nn.MultiheadAttention = self.module
-        batch, length, width = x.shape
-        qkv = self.linear(x, "in_proj_weight", "in_proj_bias")
-        q, k, v = qkv.view(batch, length, 3, module.num_heads, module.head_dim).permute(2, 0, 3, 1, 4)
-        if attn_mask is not None:
-            # nn.MultiheadAttention marks with True what must not be seen, scaled_dot_product_attention what may
-            attn_mask = ~attn_mask if attn_mask.dtype == torch.bool else attn_mask.to(q.dtype)
-            if attn_mask.dim() == 3:  # (batch * heads, length, length)
-                attn_mask = attn_mask.view(batch, module.num_heads, length, length)
-        dropout = module.dropout if module.training else 0.0
-        attended = F.scaled_dot_product_attention(q, k, v, attn_mask=attn_mask, dropout_p=dropout)
-        return attended.transpose(1, 2).reshape(batch, length, width)
+                self.report(name, attend(self.module, query, attn_mask, self.linear))
 
 
 class FusedReader(Reader):
@@ -194,7 +171,7 @@ def make_reader(module: nn.Module, state: State, calls: tuple[str, ...]) -> Read
     if calls == ("forward",) and "forward" not in module.__dict__:
         if own is nn.Linear.forward:
             return LinearReader(module, state, calls)
-        if own is nn.MultiheadAttention.forward:
+        if own in (nn.MultiheadAttention.forward, BatchedAttention.forward):
             return AttentionReader(module, state, calls)
     return FusedReader(module, state, calls) if own in _FUSED else Reader(module, state, calls)
 
