@@ -83,8 +83,8 @@ def test_a_method_that_breaks_is_a_row_and_the_others_go_on(files, tmp_path):
 
 def test_another_worker_takes_only_what_is_left(files, tmp_path):
     first = study(files, tmp_path, "none", rates=[0.001], seeds=[1])
-    first._enqueue(("choose", "none", 0.001, 1))
-    first._enqueue(("choose", "none", 0.001, 1))  # as two processes might at the same moment
+    first.enqueue(("choose", "none", 0.001, 1))
+    first.enqueue(("choose", "none", 0.001, 1))  # as two processes might at the same moment
     first.work()
     second = study(files, tmp_path, "none", rates=[0.001], seeds=[1])
     second.work()
@@ -94,7 +94,7 @@ def test_another_worker_takes_only_what_is_left(files, tmp_path):
 
 def test_a_trial_whose_worker_died_before_it_could_sign_is_run_again(files, tmp_path):
     ours = study(files, tmp_path, "none", rates=[0.001], seeds=[1])
-    ours._enqueue(("choose", "none", 0.001, 1))
+    ours.enqueue(("choose", "none", 0.001, 1))
     ours.study.ask()
     ours.reclaim(failed_too=False)
     ours.work()

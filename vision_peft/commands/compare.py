@@ -9,13 +9,10 @@ several machines can reach by --storage). The same command again goes on where i
 
 from __future__ import annotations
 
-import os
-import subprocess
-import sys
-import time
 from pathlib import Path
 
 from vision_peft.commands.parser import CommandParser
+from vision_peft.commands.workers import run_workers
 from vision_peft.errors import UserError
 
 
@@ -50,30 +47,7 @@ def main(command: str, argv: list[str]) -> None:
         return
     if not given.report_only:
         study.reclaim(given.retry_failed)
-        _run_workers(argv, given.jobs, study)
+        run_workers("compare", argv, given.jobs, study)
     from vision_peft.report.comparison import write_comparison
 
     print(write_comparison(study.rows(), given.folder, given.score, given.report))
-
-
-def _run_workers(argv: list[str], jobs: int, study: object) -> None:
-    """`jobs` processes of this command; progress is read from the study, so that other machines' trials show too."""
-    from tqdm.auto import tqdm
-
-    threads = str(max(1, len(os.sched_getaffinity(0)) // jobs)) if hasattr(os, "sched_getaffinity") else "1"
-    environment = {**os.environ, "OMP_NUM_THREADS": os.environ.get("OMP_NUM_THREADS", threads)}
-    command = [sys.executable, "-m", "vision_peft.cli", "compare", *argv, "--worker"]
-    workers = [subprocess.Popen(command, env=environment) for _ in range(jobs)]
-    try:
-        with tqdm(total=study.size(), desc="trials", unit="trial", dynamic_ncols=True) as bar:
-            while any(worker.poll() is None for worker in workers):
-                bar.update(study.finished() - bar.n)
-                bar.set_postfix_str(study.running())
-                time.sleep(2)
-            bar.update(study.finished() - bar.n)
-    except KeyboardInterrupt:
-        for worker in workers:
-            worker.terminate()
-        raise UserError(f"interrupted after {study.finished()} of {study.size()} trials; the same command goes on from here") from None
-    if any(worker.returncode for worker in workers):
-        raise UserError("a worker ended early (see above); the same command goes on from here")
