@@ -66,6 +66,7 @@ def test_how_many_there_are():
         "task": 3,
         "method": len(method_names()) + 2,
         "trainer": 5,
+        "set": 14,
     }
     assert {Path(name).stem for name in METHODS} == {*method_names(), "none", "probe"}
     assert not list(CONFIGS.rglob("*.yml"))
@@ -150,6 +151,20 @@ def test_the_last_checkpoint_is_the_end_of_the_run(tmp_path):
     run(tmp_path / "run", "--config", VIT, *TINY, *LAST)
     held = torch.load(tmp_path / "run" / "checkpoints" / "last.ckpt", weights_only=True)
     assert held["global_step"] == 2
+
+
+# ---- sets ----
+
+
+@pytest.mark.parametrize("name", [name for name in FILES if kind(name) == "set"])
+def test_a_set_replaces_source_and_template_of_a_task(name, monkeypatch):
+    wanted = yaml.safe_load(FILES[name].read_text())["data"]["init_args"]
+    config = parse(monkeypatch, "--config", str(FILES["task/fewshot_clip.yaml"]), "--config", str(FILES[name]))
+    data = config["data"]["init_args"]
+    assert data["source"]["class_path"].endswith(f".{wanted['source']['class_path']}")
+    assert data["source"]["init_args"].items() >= wanted["source"].get("init_args", {}).items()
+    assert data["template"] == wanted["template"] == "a photo of a {}."
+    assert data["shots"] == 16
 
 
 # ---- trainers ----

@@ -22,6 +22,7 @@ COMMANDS = {
     "import": ("import_peft", "read a Hugging Face PEFT folder (LoRA, DoRA, LoHa, LoKr) as an adapter of a config's backbone"),
     "merge": ("merge", "fold one adapter into a backbone file"),
     "compare": ("compare", "methods x learning rates x seeds on one task, chosen on the val split: table, plot, report"),
+    "table": ("table", "sets x shots x seeds x methods at fixed settings: the table of the few-shot papers"),
 }
 HELP = """usage: vision-peft COMMAND [options]
 

@@ -8,8 +8,8 @@ from typing import Any
 
 from optuna.trial import TrialState
 
-from vision_peft.commands.compare_trial import run_trial
 from vision_peft.commands.plan_files import by_stem, read_tree, setting, value_at
+from vision_peft.commands.trial import run_trial
 from vision_peft.commands.trial_store import Key, TrialStore
 from vision_peft.errors import UserError
 

@@ -25,10 +25,10 @@ def write_comparison(rows: Sequence[Row], folder: Path, score: str, report: str)
         score: name of the val metric that chose.
         report: test metric of the table, in [0, 1], shown in percent.
     """
-    _write_csv(folder / "trials.csv", rows)
+    write_csv(folder / "trials.csv", rows)
     summary = summarize(rows, report)
     table = [_cells(each) for each in summary]
-    _write_csv(folder / "table.csv", summary)
+    write_csv(folder / "table.csv", summary)
     (folder / "table.md").write_text(_markdown(table))
     plot(summary, folder / "accuracy.png", report)
     failed = [row for row in rows if "error" in row]
@@ -104,7 +104,7 @@ def _markdown(table: Sequence[Sequence[str]]) -> str:
     return "".join(f"| {' | '.join(row)} |\n" for row in rows)
 
 
-def _write_csv(path: Path, rows: Sequence[Row]) -> None:
+def write_csv(path: Path, rows: Sequence[Row]) -> None:
     fields = list(dict.fromkeys(key for row in rows for key in row))
     with path.open("w", newline="") as file:
         writer = csv.DictWriter(file, fields, restval="")

@@ -92,7 +92,7 @@ class Task(pl.LightningModule):
             loss = loss + total
         return loss
 
-    def configure_optimizers(self) -> dict[str, Any]:
+    def configure_optimizers(self) -> dict[str, Any] | None:
         lr = self.optimizer([nn.Parameter(torch.zeros(1))]).defaults["lr"]
         groups: list[dict[str, Any]] = []
         for name, part in self.parts.items():
@@ -102,8 +102,12 @@ class Task(pl.LightningModule):
                 own = [parameter for parameter in part.parameters() if parameter.requires_grad]
                 groups.append({"params": own, "lr": lr if self.head_lr is None else self.head_lr, "name": name})
         groups = [group for group in groups if group["params"]]
+        if not groups and self.trainer.max_steps == 0:  # a zero-shot classifier in a table beside trained ones
+            return None
         if not groups:
-            raise UserError("nothing to train: no adapter method is set and the head has no parameters; run validate or test instead")
+            raise UserError(
+                "nothing to train: no adapter method is set and the head has no parameters; run test, or set trainer.max_steps to 0"
+            )
         optimizer = self.optimizer(groups)
         scheduler = self._scheduler(optimizer)
         return {"optimizer": optimizer, **({"lr_scheduler": {"scheduler": scheduler, "interval": "step"}} if scheduler else {})}

@@ -1,4 +1,4 @@
-"""One trial of a comparison: a run of `fit` in this process, then its score on the val split and, where asked, on the test split."""
+"""One trial of many: a run of `fit` in this process, then its score on the val split and on the test split, as asked."""
 
 from __future__ import annotations
 
@@ -16,25 +16,30 @@ import yaml
 from vision_peft.commands.run import hushed, make_cli
 from vision_peft.errors import UserError
 
-# what a trial writes is its row: no loggers, checkpoints, pictures or adapter folders
-QUIET = {"logger": False, "enable_checkpointing": False, "enable_progress_bar": False, "callbacks": [], "limit_val_batches": 0}
+# what a trial writes is its row: no loggers, checkpoints or adapter folders
+QUIET = {"logger": False, "enable_checkpointing": False, "enable_progress_bar": False, "limit_val_batches": 0}
 
 
-def run_trial(words: list[str], overrides: dict[str, Any], folder: Path, score: str, test: bool) -> dict[str, float]:
+def run_trial(
+    words: list[str], overrides: dict[str, Any], folder: Path, score: str | None, test: bool, callbacks: bool = False
+) -> dict[str, float]:
     """Train by the configuration of `words` under `overrides` (dotted key -> value) and score.
 
     Args:
         words: `--config FILE ...` and other options of fit.
         folder: scratch space of the trial.
-        score: metric of the val split, such as `val/accuracy`.
+        score: metric of the val split, such as `val/accuracy`; None: that split is not run.
         test: also run the test split; its metrics are returned under their own names (`test/accuracy`).
+        callbacks: keep the configuration's, whose `retention/...` metrics are returned as well; they may write into `folder`.
 
     Returns:
-        val, every test metric, trainable (numbers in the adapters), seconds (of training), mib (peak memory over the start's).
+        val (with a score), every test metric, trainable (numbers in the adapters), seconds (of training), mib (peak memory over the
+        start's).
     """
     folder.mkdir(parents=True, exist_ok=True)
     last = folder / "overrides.yaml"
-    last.write_text(yaml.safe_dump(_nested({**{f"trainer.{key}": value for key, value in QUIET.items()}, **overrides})))
+    quiet = {**QUIET, **({} if callbacks else {"callbacks": []})}
+    last.write_text(yaml.safe_dump(_nested({**{f"trainer.{key}": value for key, value in quiet.items()}, **overrides})))
     _reset_peak()
     with contextlib.redirect_stdout(io.StringIO()), hushed("lightning.pytorch", "lightning.fabric"):
         cli = make_cli("fit", [*words, "--config", str(last), "--run", str(folder)], run=False)
@@ -42,15 +47,18 @@ def run_trial(words: list[str], overrides: dict[str, Any], folder: Path, score: 
         start = time.perf_counter()
         cli.trainer.fit(cli.model, datamodule=cli.datamodule)
         seconds = time.perf_counter() - start
-        cli.trainer.limit_val_batches = 1.0
-        found = dict(cli.trainer.validate(cli.model, datamodule=cli.datamodule, verbose=False)[0])
-        if score not in found:
-            raise UserError(f"--score: the task logs no {score!r}; it logs {', '.join(sorted(found))}")
+        found = {key: float(value) for key, value in cli.trainer.callback_metrics.items() if key.startswith("retention/")}
+        if score is not None:
+            cli.trainer.limit_val_batches = 1.0
+            valued = cli.trainer.validate(cli.model, datamodule=cli.datamodule, verbose=False)[0]
+            if score not in valued:
+                raise UserError(f"--score: the task logs no {score!r}; it logs {', '.join(sorted(valued))}")
+            found["val"] = float(valued[score])
         if test:
             found |= cli.trainer.test(cli.model, datamodule=cli.datamodule, verbose=False)[0]
     adapters = cli.adapter.adapters
-    result = {key: float(value) for key, value in found.items() if key.startswith("test/")}
-    result |= {"val": float(found[score]), "trainable": float(adapters.num_trainable() if adapters is not None else 0)}
+    result = {key: float(value) for key, value in found.items()}
+    result["trainable"] = float(adapters.num_trainable() if adapters is not None else 0)
     result |= {"seconds": seconds, "mib": _peak()}
     del cli, adapters
     gc.collect()
