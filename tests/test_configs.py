@@ -67,6 +67,7 @@ def test_how_many_there_are():
         "method": len(method_names()) + 2,
         "trainer": 5,
         "set": 14,
+        "baseline": 5,
     }
     assert {Path(name).stem for name in METHODS} == {*method_names(), "none", "probe"}
     assert not list(CONFIGS.rglob("*.yml"))
@@ -76,7 +77,8 @@ def test_how_many_there_are():
 def test_header_says_what_how_and_then_comes_something(name):
     lines = FILES[name].read_text().splitlines()
     header = [line.removeprefix("#").strip() for line in lines[: next(i for i, line in enumerate(lines) if not line.startswith("#"))]]
-    commands = [i for i, line in enumerate(header) if line.startswith(("vision-peft fit", "vision-peft compare", "torchrun"))]
+    starts = ("vision-peft fit", "vision-peft compare", "vision-peft table", "torchrun")
+    commands = [i for i, line in enumerate(header) if line.startswith(starts)]
     assert commands, "no command"
     assert len(header[0]) > 20, "the first line should say what the file is for"
     assert not header[0].startswith("vision-peft")
@@ -85,7 +87,7 @@ def test_header_says_what_how_and_then_comes_something(name):
         named = [path for path in re.findall(r"configs/[\w/]+\.yaml", header[i]) if "NAME" not in path]
         assert f"configs/{name}" in named
         assert all((CONFIGS.parent / path).is_file() for path in named)
-    if kind(name) in ("task", "method"):
+    if kind(name) in ("task", "method", "baseline"):
         assert [line for line in header[commands[-1] + 1 :] if len(line) > 20], "no expected result after the command"
 
 
@@ -151,6 +153,21 @@ def test_the_last_checkpoint_is_the_end_of_the_run(tmp_path):
     run(tmp_path / "run", "--config", VIT, *TINY, *LAST)
     held = torch.load(tmp_path / "run" / "checkpoints" / "last.ckpt", weights_only=True)
     assert held["global_step"] == 2
+
+
+# ---- baselines, on top of task/fewshot_clip.yaml ----
+
+
+@pytest.mark.parametrize("name", [name for name in FILES if kind(name) == "baseline"])
+def test_baseline_runs(name, tmp_path):
+    (tmp_path / "tiny.json").write_text(json.dumps(TINY_CLIP))
+    small = {"model": {"init_args": {"backbone": {"init_args": {"config": str(tmp_path / "tiny.json"), "weights": None}}}}}
+    (tmp_path / "small.yaml").write_text(yaml.safe_dump(small))
+    steps = yaml.safe_load(FILES[name].read_text()).get("trainer", {}).get("max_steps", 2)
+    words = ["--config", str(FILES["task/fewshot_clip.yaml"]), "--config", str(tmp_path / "small.yaml"), "--config", str(FILES[name])]
+    cli = run(tmp_path / "run", *words, *SHORT.split(), "--trainer.max_steps", str(steps))
+    assert cli.trainer.global_step == steps and cli.adapter.method is None
+    assert type(cli.model.head).__name__ == yaml.safe_load(FILES[name].read_text())["model"]["init_args"]["head"]["class_path"]
 
 
 # ---- sets ----

@@ -21,7 +21,7 @@ class Task(pl.LightningModule):
     """A LightningModule around a frozen backbone.
 
     Trained are the declared parts and nothing else: the task's own (a head), and those that a callback adds. A part may
-    bring `param_groups(lr)` and `penalty()`.
+    bring `param_groups(lr)`, `penalty()`, and `take_sizes(stored)` where the shapes of its tensors follow from training pictures.
 
     Args:
         backbone: its weights are read by prepare(), not at construction.
@@ -137,6 +137,9 @@ class Task(pl.LightningModule):
         stored, source = checkpoint["state_dict"], self.trainer.ckpt_path or "checkpoint"
         if checkpoint.get("backbone_fingerprint") != self.frozen_fingerprint:
             raise UserError(f"{source}: it belongs to another backbone (fingerprints differ): check the model's name, depth and weights")
+        for name, part in self.parts.items():
+            if hasattr(part, "take_sizes"):
+                part.take_sizes({key.removeprefix(f"{name}."): value for key, value in stored.items() if key.startswith(f"{name}.")})
         own = self.state_dict()
         trained = {key for key in own if self._is_trained(key)}
         for key in sorted(trained ^ stored.keys()):
