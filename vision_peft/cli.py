@@ -23,6 +23,7 @@ COMMANDS = {
     "merge": ("merge", "fold one adapter into a backbone file"),
     "compare": ("compare", "methods x learning rates x seeds on one task, chosen on the val split: table, plot, report"),
     "table": ("table", "sets x shots x seeds x methods at fixed settings: the table of the few-shot papers"),
+    "continual": ("continual", "one task after another on the same model: accuracy matrix, forgetting, ranks"),
 }
 HELP = """usage: vision-peft COMMAND [options]
 

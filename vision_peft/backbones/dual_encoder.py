@@ -13,11 +13,13 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import replace
+from pathlib import Path
 from typing import Any, ClassVar
 
 import timm
 import torch
 import torch.nn.functional as F
+from safetensors import SafetensorError
 from safetensors.torch import load_file
 from timm.data import ImageNetInfo
 from torch import Tensor, nn
@@ -25,6 +27,7 @@ from tqdm.auto import tqdm
 
 from vision_peft.backbones import bert_names, minilm
 from vision_peft.backbones.base import Preprocess
+from vision_peft.backbones.clip_network import one_line
 from vision_peft.backbones.offline import carrier, fetch
 from vision_peft.backbones.timm_sites import name_sites, trace
 from vision_peft.backbones.two_towers import TwoTowers
@@ -88,13 +91,19 @@ class DualEncoder(TwoTowers):
 
     Args:
         image_size: side of the image in pixels; 160 is where the classifier's own accuracy was measured.
+        weights: file (.safetensors) of the joined network, such as `vision-peft merge` writes, to take the place of the packages'.
         text_checkpointing, text_chunk: see TwoTowers.
     """
 
-    def __init__(self, image_size: int = 160, *, text_checkpointing: bool = False, text_chunk: int | None = None) -> None:
+    def __init__(
+        self, image_size: int = 160, *, weights: str | None = None, text_checkpointing: bool = False, text_chunk: int | None = None
+    ) -> None:
         super().__init__(text_checkpointing, text_chunk)
         if image_size < 32:
             raise UserError(f"backbone.image_size: {image_size} is below the 32 pixels that the network shrinks to one")
+        if weights is not None and not Path(weights).is_file():
+            raise UserError(f"backbone.weights: {weights} is no file")
+        self.weights = weights
         with torch.device("meta"):
             self.network = JoinedTowers().requires_grad_(False)
         self._sites = _sites(self.network, image_size)
@@ -111,6 +120,8 @@ class DualEncoder(TwoTowers):
         names = _class_embeddings(network.text.eval())
         network.text.centre.copy_(names.mean(0))
         network.visual.classes.copy_(names - names.mean(0))
+        if self.weights is not None:
+            _fill(network, self.weights)
         self.network = network.requires_grad_(False)
         self._remembered = None
         self.train(self.training)
@@ -130,7 +141,8 @@ class DualEncoder(TwoTowers):
         return list(self._sites)
 
     def describe(self) -> dict[str, Any]:
-        return {"class": type(self).__name__, "name": f"{IMAGES}+{minilm.NAME}", "image_size": self.preprocess.size}
+        own = {"class": type(self).__name__, "name": f"{IMAGES}+{minilm.NAME}"}
+        return {**own, "weights": self.weights, "image_size": self.preprocess.size}
 
 
 def _sites(network: JoinedTowers, image_size: int) -> list[Site]:
@@ -143,6 +155,13 @@ def _sites(network: JoinedTowers, image_size: int) -> list[Site]:
         image.setdefault(site.path, []).append(site)
     rules = [*bert_names.RULES, (r"(.+)", r"\1")]
     return [named for site in enumerate_sites(network, renamer(rules), calls={"": network.calls}) for named in image.get(site.path, [site])]
+
+
+def _fill(network: JoinedTowers, path: str) -> None:
+    try:
+        network.load_state_dict(load_file(path))
+    except (SafetensorError, RuntimeError) as error:
+        raise UserError(f"backbone.weights: {path} cannot be loaded as the joined network: {one_line(error)}") from error
 
 
 @torch.no_grad()

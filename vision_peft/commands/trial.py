@@ -39,7 +39,7 @@ def run_trial(
     folder.mkdir(parents=True, exist_ok=True)
     last = folder / "overrides.yaml"
     quiet = {**QUIET, **({} if callbacks else {"callbacks": []})}
-    last.write_text(yaml.safe_dump(_nested({**{f"trainer.{key}": value for key, value in quiet.items()}, **overrides})))
+    last.write_text(yaml.safe_dump(nested({**{f"trainer.{key}": value for key, value in quiet.items()}, **overrides})))
     _reset_peak()
     with contextlib.redirect_stdout(io.StringIO()), hushed("lightning.pytorch", "lightning.fabric"):
         cli = make_cli("fit", [*words, "--config", str(last), "--run", str(folder)], run=False)
@@ -65,7 +65,7 @@ def run_trial(
     return result
 
 
-def _nested(flat: dict[str, Any]) -> dict[str, Any]:
+def nested(flat: dict[str, Any]) -> dict[str, Any]:
     """{"a.b": 1} -> {"a": {"b": 1}}."""
     tree: dict[str, Any] = {}
     for key, value in flat.items():

@@ -4,6 +4,7 @@ The sources are exported here, so that YAML can say `class_path: vision_peft.dat
 module is `vision_peft.data.fewshot_images.FewShotImages`, kept out of this file because it imports lightning.
 """
 
+from vision_peft.data.class_subset import ClassSubset
 from vision_peft.data.coop_split import CoopSplit
 from vision_peft.data.csv_source import CsvSource
 from vision_peft.data.digits import Digits

@@ -162,10 +162,10 @@ class TextHead(Head):
     The text features are recomputed, with gradients, while layers of the text tower are adapted, and computed once otherwise.
 
     Args:
-        scale: factor of the cosine; 100 as in the few-shot protocols.
+        scale: factor of the cosine; 100 as in the few-shot protocols, `learned` for the one the model was trained with.
     """
 
-    def __init__(self, scale: float = 100.0) -> None:
+    def __init__(self, scale: float | Literal["learned"] = 100.0) -> None:
         super().__init__()
         self.scale = scale
 
@@ -178,4 +178,5 @@ class TextHead(Head):
     def forward(self, features: Tensor) -> Tensor:
         frozen = not any(target.partition(".")[0] == "text" for target in self.backbone.adapted)
         text = self.backbone.text_features(self.prompts, frozen).to(features.device)
-        return self.scale * F.normalize(features, dim=1) @ F.normalize(text, dim=1).mT.to(features.dtype)
+        scale = self.backbone.learned_scale() if self.scale == "learned" else self.scale
+        return scale * F.normalize(features, dim=1) @ F.normalize(text, dim=1).mT.to(features.dtype)
