@@ -13,6 +13,8 @@ import yaml
 
 from vision_peft.cli import main
 from vision_peft.commands.run import RunCLI, make_cli
+from vision_peft.commands.sequence_file import read_sequence
+from vision_peft.commands.trial import nested
 from vision_peft.engine.adapter import method_names
 from vision_peft.engine.store import read_config
 
@@ -63,11 +65,12 @@ def test_how_many_there_are():
     kinds = [kind(name) for name in FILES]
     assert {each: kinds.count(each) for each in set(kinds)} == {
         "quickstart": 1,
-        "task": 3,
+        "task": 5,
         "method": len(method_names()) + 2,
         "trainer": 5,
         "set": 14,
         "baseline": 5,
+        "sequence": 3,
     }
     assert {Path(name).stem for name in METHODS} == {*method_names(), "none", "probe"}
     assert not list(CONFIGS.rglob("*.yml"))
@@ -77,7 +80,7 @@ def test_how_many_there_are():
 def test_header_says_what_how_and_then_comes_something(name):
     lines = FILES[name].read_text().splitlines()
     header = [line.removeprefix("#").strip() for line in lines[: next(i for i, line in enumerate(lines) if not line.startswith("#"))]]
-    starts = ("vision-peft fit", "vision-peft compare", "vision-peft table", "torchrun")
+    starts = tuple(f"vision-peft {command}" for command in ("fit", "compare", "table", "continual")) + ("torchrun",)
     commands = [i for i, line in enumerate(header) if line.startswith(starts)]
     assert commands, "no command"
     assert len(header[0]) > 20, "the first line should say what the file is for"
@@ -182,6 +185,21 @@ def test_a_set_replaces_source_and_template_of_a_task(name, monkeypatch):
     assert data["source"]["init_args"].items() >= wanted["source"].get("init_args", {}).items()
     assert data["template"] == wanted["template"] == "a photo of a {}."
     assert data["shots"] == 16
+
+
+# ---- sequences ----
+
+
+@pytest.mark.parametrize("name", [name for name in FILES if kind(name) == "sequence"])
+def test_a_sequence_overrides_the_set_of_its_task(name, monkeypatch, tmp_path):
+    tasks = read_sequence(str(FILES[name]))
+    assert len(tasks) == {"offline": 5, "xtail": 10, "mtil": 11}[Path(name).stem]
+    for task in tasks:
+        (tmp_path / "task.yaml").write_text(yaml.safe_dump(nested(task.settings())))
+        config = parse(monkeypatch, "--config", str(FILES["task/continual_clip.yaml"]), "--config", str(tmp_path / "task.yaml"))
+        data = config["data"]["init_args"]
+        assert data["source"]["class_path"].endswith(f".{task.source['class_path']}") and data["template"] == task.template
+        assert data["shots"] == (task.shots or 16)
 
 
 # ---- trainers ----

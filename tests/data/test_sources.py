@@ -7,7 +7,7 @@ import json
 import numpy as np
 import pytest
 
-from vision_peft.data import CoopSplit, CsvSource, Digits, FgvcAircraft, ImageFolder, ImageNet
+from vision_peft.data import ClassSubset, CoopSplit, CsvSource, Digits, FgvcAircraft, ImageFolder, ImageNet
 from vision_peft.errors import UserError
 
 
@@ -189,3 +189,15 @@ def test_real_sets_have_the_documented_counts(real_set):
         splits = CsvSource(str(real_set(name) / "split.csv")).read()
         assert len(splits.class_names) == classes
         assert (len(splits.train), len(splits.val), len(splits.test)) == counts
+
+
+def test_class_subset_renumbers_and_keeps_order():
+    whole, part = Digits().read(), ClassSubset(Digits(), 3, 6).read()
+    assert part.class_names == whole.class_names[3:6]
+    for split in ("train", "val", "test"):
+        expected = [(record.path, record.label - 3) for record in getattr(whole, split) if 3 <= record.label < 6]
+        assert [(record.path, record.label) for record in getattr(part, split)] == expected
+    with pytest.raises(UserError, match="start 3 and stop 3 are no range"):
+        ClassSubset(Digits(), 3, 3)
+    with pytest.raises(UserError, match="stop: 11, but Digits has 10 classes"):
+        ClassSubset(Digits(), 0, 11).read()
