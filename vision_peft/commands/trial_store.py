@@ -16,6 +16,7 @@ import optuna
 from optuna.trial import FrozenTrial, TrialState
 
 from vision_peft.errors import UserError
+from vision_peft.processes import alive
 
 SIGNING = 5.0  # seconds within which a worker that has taken a trial has put its name to it, unless it was killed in between
 Key = tuple[Any, ...]  # words and numbers, one for each of the store's fields
@@ -93,7 +94,7 @@ class TrialStore(ABC):
             time.sleep(SIGNING)
         for key, trial in self.trials().items():
             host, _, process = trial.user_attrs.get("worker", "").partition(":")
-            gone = not host or (host == socket.gethostname() and not _alive(int(process)))
+            gone = not host or (host == socket.gethostname() and not alive(int(process)))
             orphan = trial.state == TrialState.RUNNING and gone
             if orphan:
                 self.study.tell(trial.number, state=TrialState.FAIL)
@@ -158,16 +159,6 @@ def _open(storage: str, name: str) -> optuna.Study:
         except (DBAPIError, optuna.exceptions.StorageInternalError):
             time.sleep(0.5)
     return optuna.create_study(**given)
-
-
-def _alive(process: int) -> bool:
-    try:
-        os.kill(process, 0)  # asks only
-    except ProcessLookupError:
-        return False
-    except PermissionError:  # another user's
-        return True
-    return True
 
 
 def _key(trial: FrozenTrial | optuna.Trial) -> Key:

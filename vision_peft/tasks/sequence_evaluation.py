@@ -23,7 +23,11 @@ class Accuracies(NamedTuple):
 
 @torch.inference_mode()
 def evaluate(
-    backbone: TwoTowers, sets: Mapping[str, Any], device: torch.device, precision: Callable[[], AbstractContextManager], progress: Any = None
+    backbone: TwoTowers,
+    sets: Mapping[str, Any],
+    device: torch.device,
+    precision: Callable[[], AbstractContextManager],
+    progress: Callable[[str], None] | None = None,
 ) -> Accuracies:
     """One pass over each test split gives both measures. Text features are computed in full precision.
 
