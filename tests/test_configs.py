@@ -71,6 +71,7 @@ def test_how_many_there_are():
         "set": 14,
         "baseline": 5,
         "sequence": 3,
+        "retention": 2,
     }
     assert {Path(name).stem for name in METHODS} == {*method_names(), "none", "probe"}
     assert not list(CONFIGS.rglob("*.yml"))
@@ -185,6 +186,19 @@ def test_a_set_replaces_source_and_template_of_a_task(name, monkeypatch):
     assert data["source"]["init_args"].items() >= wanted["source"].get("init_args", {}).items()
     assert data["template"] == wanted["template"] == "a photo of a {}."
     assert data["shots"] == 16
+
+
+# ---- retention ----
+
+
+@pytest.mark.parametrize("name", [name for name in FILES if kind(name) == "retention"])
+def test_retention_names_sets_that_read_as_they_are_called(name, monkeypatch):
+    config = parse(monkeypatch, "--config", str(FILES["task/fewshot_clip.yaml"]), "--config", str(FILES[name]))
+    [callback] = config["trainer"]["callbacks"]
+    assert callback["class_path"].endswith(".ZeroShotRetention")
+    for called, data in callback["init_args"]["sets"].items():
+        assert called in str(data["init_args"]["source"]["init_args"])
+        assert data["init_args"]["template"] == "a photo of a {}."
 
 
 # ---- sequences ----

@@ -137,6 +137,15 @@ def test_retention_over_several_sets_is_their_mean_and_joins_the_own_accuracy(tm
     assert found["retention/harmonic"] == pytest.approx(2 / (1 / kept + 1 / learnt), abs=1e-6)
 
 
+def test_the_runs_own_set_is_no_other_set(tmp_path):
+    task = FewShotClassification(clip(tmp_path), TextHead(), optimizer=adam(0.0))
+    callback = ZeroShotRetention({"own": digits(), "numbers": digits(template="the number {}.")})
+    fit(tmp_path, task, digits(), lora(), "qkv", max_steps=1, callbacks=[callback])
+    assert list(callback.sets) == ["numbers"]
+    with pytest.raises(UserError, match="names no set besides the run's own"):
+        fit(tmp_path, task, digits(), callbacks=[ZeroShotRetention({"own": digits()})], max_steps=1)
+
+
 def test_retention_needs_a_text_tower(tmp_path):
     task = FewShotClassification(vit(), LinearHead("zeros"))
     with pytest.raises(UserError, match="ZeroShotRetention needs a backbone with a text tower; Vit has none"):

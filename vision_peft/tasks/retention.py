@@ -19,7 +19,8 @@ class ZeroShotRetention(pl.Callback):
     reached on the test split of its own data (0 where either is 0): high only for what learns and does not forget.
 
     Args:
-        sets: by name, data modules with classes and a prompt template of their own.
+        sets: by name, data modules with classes and a prompt template of their own; one that is the run's own (the same test pictures
+            and prompts) is left out, so that one list serves runs on each of its sets.
     """
 
     def __init__(self, sets: dict[str, pl.LightningDataModule]) -> None:
@@ -38,6 +39,9 @@ class ZeroShotRetention(pl.Callback):
         for data in self.sets.values():
             data.preprocess = task.backbone.preprocess
             data.setup("test")
+        self.sets = {name: data for name, data in self.sets.items() if not _same(data, trainer.datamodule)}
+        if not self.sets:
+            raise UserError("ZeroShotRetention: names no set besides the run's own")
         if self.before is None:  # a resumed run has it from its checkpoint
             self.before = self._zero_shot(trainer, task)
 
@@ -88,6 +92,10 @@ def _accuracy(trainer: pl.Trainer, task: Any, data: Any, classifier: Any) -> flo
             total += len(labels)
     task.train(training)
     return right / total
+
+
+def _same(data: Any, own: Any) -> bool:
+    return data.test_records == own.test_records and data.prompts() == own.prompts()
 
 
 def _mean(values: dict[str, float]) -> float:
