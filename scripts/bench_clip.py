@@ -29,7 +29,7 @@ from vision_peft.backbones import Clip
 from vision_peft.engine.install import attach
 
 MODEL, CLASSES = "ViT-B-16", 100
-METHODS = {"lora": LoRA, "block_lora": BlockLoRA}
+METHODS = {"lora": LoRA, "block_lora": BlockLoRA}  # without dropout, which PEFT's layer has not either
 VARIANTS = ("floor", "lora short", "lora full", "block_lora short", "block_lora full", "peft")
 
 
@@ -44,7 +44,7 @@ def ours(variant: str, rank: int, tokens: Tensor) -> tuple[Callable[[Tensor], Te
         for parameter in trained:
             parameter.requires_grad_(True)
     else:
-        trained = list(attach(network, METHODS[method](rank=rank), "attn", sites=backbone.sites()).parameters())
+        trained = list(attach(network, METHODS[method](rank=rank, dropout=0.0), "attn", sites=backbone.sites()).parameters())
     kept = tokens if length == "full" else tokens[:, : network.needed(tokens)]
     return lambda images: logits(backbone(images), backbone.encode_text(kept)), trained
 

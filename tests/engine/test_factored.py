@@ -9,6 +9,7 @@ from torch import Tensor
 
 from vision_peft.engine.adapter import Factored
 from vision_peft.engine.factored import factored_linear, stack_rows
+from vision_peft.linalg.dropout import dropout
 
 OUT, IN, RANK = 9, 7, 3
 
@@ -167,7 +168,7 @@ def test_dropout_acts_on_the_branch_alone_and_in_training_alone():
     torch.manual_seed(4)
     y = factored_linear(x, W, b, whole(form), True)
     torch.manual_seed(4)
-    dropped = F.dropout(x, 0.5)
+    dropped = dropout(x, 0.5, training=True)
     torch.testing.assert_close(y, form.scale * (F.linear(x, W) + dropped @ form.A.mT @ form.B.mT) + b)
     assert not torch.equal(y, factored_linear(x, W, b, whole(form), False))
 
@@ -268,7 +269,7 @@ def test_the_branch_is_added_before_rounding_with_dropout_under_autocast_too():
     B, A = torch.randn(256, 4), torch.randn(4, 128)
     B = B * (3e-4 * W.norm() / (B @ A).norm())
     torch.manual_seed(4)
-    true_change = F.dropout(x, 0.25).double() @ (B.double() @ A.double()).mT
+    true_change = dropout(x, 0.25, training=True).double() @ (B.double() @ A.double()).mT
     torch.manual_seed(4)
     with torch.autocast("cpu", torch.bfloat16):
         y, frozen = factored_linear(x, W, None, whole(Factored(B, A, None, 0.25)), True), F.linear(x, W)

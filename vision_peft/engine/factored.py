@@ -10,6 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from vision_peft.engine.adapter import Factored
+from vision_peft.linalg.dropout import dropout
 
 Blocks = Sequence[tuple[tuple[int, int], Factored]]  # (first row, last row + 1) of disjoint row blocks, and their forms
 
@@ -24,7 +25,7 @@ def factored_linear(x: Tensor, W: Tensor, b: Tensor | None, blocks: Blocks, trai
     if W.dtype == torch.float32 and not (training and any(block.dropout > 0 for _, block in blocks)):
         return _Merged.apply(x.to(_compute_dtype(x)), W, b, form.B, form.A, form.scale, _spans(blocks))[0]
     # every block drops by itself: the masks of q, k and v are independent
-    low = [F.linear(F.dropout(x, block.dropout, training), block.A.to(x.dtype)) for _, block in sorted(blocks, key=_first_row)]
+    low = [F.linear(dropout(x, block.dropout, training), block.A.to(x.dtype)) for _, block in sorted(blocks, key=_first_row)]
     return _side(x, W, b, form, torch.cat(low, dim=-1))
 
 
