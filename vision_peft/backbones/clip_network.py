@@ -83,6 +83,8 @@ def build(config: dict[str, Any]) -> nn.Module:
         module.__class__ = EXTENDED.get(type(module), type(module))
         if isinstance(module, nn.Dropout):  # of Hugging Face's text towers
             module.p = 0.0
+        if isinstance(module, ShortHFText):  # prompts are short: matrix products take half the time of torch's attention kernel
+            module.transformer.set_attn_implementation("eager")
     return network.requires_grad_(False)
 
 

@@ -25,7 +25,8 @@ class MiniLm(nn.Module):
         super().__init__()
         from transformers import BertConfig, BertModel  # takes seconds, and few backbones need it
 
-        self.bert = BertModel(BertConfig(**SHAPE), add_pooling_layer=False)
+        # eager: matrix products, which for sentences of a few tokens take half the time of torch's attention kernel
+        self.bert = BertModel(BertConfig(**SHAPE, attn_implementation="eager"), add_pooling_layer=False)
 
     def forward(self, tokens: Tensor) -> Tensor:
         mask = tokens != 0
