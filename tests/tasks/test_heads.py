@@ -12,7 +12,7 @@ from sklearn.linear_model import LogisticRegression
 from sklearn.neighbors import NearestCentroid
 from small_runs import clip, lora, vit
 
-from vision_peft.engine.install import attach
+from vision_peft.engine.install import adapters_off, attach
 from vision_peft.errors import UserError
 from vision_peft.tasks.heads import STRENGTHS, WITHOUT_VALIDATION, CosineHead, FrozenFeatures, LinearHead, TextHead
 
@@ -179,6 +179,31 @@ def test_text_head_recomputes_adapted_text(tmp_path):
     backbone.adapted = frozenset()  # told that nothing changes any more, it computes once and keeps
     assert torch.equal(head(features), head(features))
     assert len(calls) == 4
+
+
+def test_evaluation_encodes_adapted_text_once(tmp_path):
+    backbone, head = clip(tmp_path).eval(), TextHead().eval()
+    head.build(backbone, PROMPTS, None)
+    adapters = attach(backbone.network, lora(), "text:qv", sites=backbone.sites())
+    backbone.adapted = frozenset(site.target for site in adapters.sites)
+    calls, features = counted(backbone), torch.randn(4, 32)
+    with torch.no_grad():
+        first = head(features)
+        assert torch.equal(head(features), first) and len(calls) == 1
+        for name, parameter in adapters.named_parameters():
+            if name.endswith(".B"):
+                parameter.add_(0.5)
+        changed = head(features)
+        assert len(calls) == 2 and not torch.allclose(changed, first)
+        with adapters_off(backbone.network):
+            torch.testing.assert_close(head(features), first, rtol=1e-4, atol=1e-4)
+        with torch.autocast("cpu", torch.bfloat16):
+            assert head(features).dtype != torch.float64 and len(calls) == 4
+        backbone.train().eval()
+        head(features)
+        assert len(calls) == 5
+    head(features).sum().backward()  # with gradients always anew
+    assert len(calls) == 6 and any(parameter.grad is not None for parameter in adapters.parameters())
 
 
 def test_a_copied_task_head_reads_the_copied_backbone(tmp_path):

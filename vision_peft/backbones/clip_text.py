@@ -90,11 +90,12 @@ def _needed(tokens: Tensor, pool_type: str, eos_id: int) -> int:
 
 @dataclass
 class Remembered:
-    """A list of prompts with its tokens and, while the tower is frozen, its features."""
+    """A list of prompts with its tokens and its features: while the tower is frozen, and for one stretch of evaluation."""
 
     prompts: tuple[str, ...]
     tokens: Tensor
     features: Tensor | None = None
+    evaluated: tuple[tuple[object, ...], Tensor] | None = None  # what must not have changed, and the features
 
 
 @contextmanager

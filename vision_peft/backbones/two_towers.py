@@ -11,6 +11,7 @@ from torch.utils.checkpoint import checkpoint
 
 from vision_peft.backbones.base import Backbone
 from vision_peft.backbones.clip_text import Remembered, computed_once
+from vision_peft.engine.install import stamp
 from vision_peft.errors import UserError
 
 
@@ -52,7 +53,8 @@ class TwoTowers(Backbone):
 
         Args:
             frozen: True while nothing in the text tower changes: computed once, then remembered until other prompts or load().
-                False: computed anew at every call, with gradients.
+                False: computed anew at every call, with gradients; in eval mode without gradients, once until train() or eval() is
+                called, an adapter changes or the precision does.
         """
         prompts = tuple(prompts)
         if self._remembered is None or self._remembered.prompts != prompts:
@@ -61,11 +63,23 @@ class TwoTowers(Backbone):
         memory = self._remembered
         if not frozen:
             memory.features = None
-            return self.encode_text(memory.tokens)
+            return self.encode_text(memory.tokens) if torch.is_grad_enabled() or self.training else self._evaluated(memory)
         if memory.features is None or memory.features.device != self._device:
             with computed_once(self.network, self._device):
                 memory.features = self.encode_text(memory.tokens)
         return memory.features
+
+    def _evaluated(self, memory: Remembered) -> Tensor:
+        key = (torch.is_autocast_enabled(self._device.type), self._device, *stamp(self.network))
+        if memory.evaluated is None or memory.evaluated[0] != key:
+            memory.evaluated = (key, self.encode_text(memory.tokens))
+        return memory.evaluated[1]
+
+    def train(self, mode: bool = True) -> TwoTowers:
+        """Set the mode, and forget the features of the stretch of evaluation that ends or begins here."""
+        if self._remembered is not None:
+            self._remembered.evaluated = None
+        return super().train(mode)
 
     def learned_scale(self) -> Tensor:
         """The factor of the cosine that the model was trained with, exp(logit_scale)."""

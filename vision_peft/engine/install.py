@@ -191,6 +191,16 @@ def installed(network: nn.Module) -> dict[str, AdapterSet]:
     return dict(found.sets) if found else {}
 
 
+def stamp(network: nn.Module) -> tuple[object, ...]:
+    """Equal at two moments only if no adapter tensor was written in place and no switch turned in between (`.data` writes escape it)."""
+    found = _find(network, missing_ok=True)
+    if found is None:
+        return ()
+    tensors = [tensor for adapters in found.sets.values() for tensor in (*adapters.parameters(), *adapters.buffers())]
+    switches = (found.state.enabled, found.state.merged, *found.state.mix.items())
+    return (*switches, *((id(tensor), tensor._version) for tensor in tensors))
+
+
 def _find(network: nn.Module, missing_ok: bool = False) -> Installation | None:
     found = network.__dict__.get(_ATTRIBUTE)
     if found is None and not missing_ok:
