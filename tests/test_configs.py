@@ -65,7 +65,7 @@ def test_how_many_there_are():
     kinds = [kind(name) for name in FILES]
     assert {each: kinds.count(each) for each in set(kinds)} == {
         "quickstart": 1,
-        "task": 5,
+        "task": 6,
         "method": len(method_names()) + 2,
         "trainer": 5,
         "set": 14,
