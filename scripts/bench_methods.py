@@ -1,6 +1,6 @@
 """One training step of ViT-S/16 with every method of the catalogue, against the floor, LoRA, and the same method in Hugging Face PEFT.
 
-    OMP_NUM_THREADS=1 python scripts/bench_methods.py                     # all methods, times; appends to docs/speed_methods.csv as it goes
+    OMP_NUM_THREADS=1 python scripts/bench_methods.py   # all methods, times; appends to docs/rows/speed_methods.csv as it goes
     OMP_NUM_THREADS=1 python scripts/bench_methods.py --memory            # peak memory of each in a fresh process, into the same file
     OMP_NUM_THREADS=1 python scripts/bench_methods.py --only vera randlora --precision float32
     python scripts/bench_methods.py --write                              # docs/speed_methods.md, and the costs `vision-peft methods` prints
@@ -31,7 +31,7 @@ from torch import nn
 from vision_peft.engine.adapter import Clock, Method, find_method, method_names
 from vision_peft.engine.install import AdapterSet, attach
 
-ROWS = Path("docs/speed_methods.csv")
+ROWS = Path("docs/rows/speed_methods.csv")
 PAGE = Path("docs/speed_methods.md")
 COSTS = Path("vision_peft/commands/method_costs.csv")
 FIELDS = ["method", "precision", "seconds", "floor", "lora", "peft", "mib", "mib_floor", "mib_lora", "mib_peft"]

@@ -1,6 +1,6 @@
 """Every method for a few steps on the other kinds of backbone, through `vision-peft fit`: docs/methods_on_backbones.md.
 
-    OMP_NUM_THREADS=1 VISION_PEFT_DATA=... python scripts/each_backbone.py                  # all; appends to docs/methods_on_backbones.csv
+    OMP_NUM_THREADS=1 VISION_PEFT_DATA=... python scripts/each_backbone.py   # all; appends to docs/rows/methods_on_backbones.csv
     OMP_NUM_THREADS=1 VISION_PEFT_DATA=... python scripts/each_backbone.py --only lora dora --backbones conv
     python scripts/each_backbone.py --write                                                # the page from the rows
 
@@ -25,7 +25,7 @@ from vision_peft.cli import main as vision_peft
 from vision_peft.engine.adapter import method_names
 from vision_peft.engine.store import read_config
 
-ROWS, PAGE = Path("docs/methods_on_backbones.csv"), Path("docs/methods_on_backbones.md")
+ROWS, PAGE = Path("docs/rows/methods_on_backbones.csv"), Path("docs/methods_on_backbones.md")
 FIELDS = ["backbone", "method", "sites", "trained", "loss", "seconds", "error"]
 STEPS = 4
 COMMON = (

@@ -1,9 +1,9 @@
 """docs/results_clip.md: the few-shot protocol and its baselines, and retention, on the offline vision-language model.
 
     python scripts/table_clip.py TABLE_FOLDER RETENTION_FOLDER     # of the two `vision-peft table` commands that the page names
-    python scripts/table_clip.py                                   # from the rows in docs/
+    python scripts/table_clip.py                                   # from the rows in docs/rows/
 
-rows.csv of each is copied to docs/. A difference to LoRA counts as seen where it is larger than two standard errors of the mean of the
+rows.csv of each is copied to docs/rows/. A difference to LoRA counts as seen where it is larger than two standard errors of the mean of the
 differences within (set, seed).
 """
 
@@ -21,7 +21,7 @@ from typing import Any
 from vision_peft.report.fewshot_table import write_table
 
 HEAD, PAGE = Path("scripts/results_clip_head.md"), Path("docs/results_clip.md")
-ROWS = {"table": Path("docs/results_clip_rows.csv"), "retention": Path("docs/results_clip_retention_rows.csv")}
+ROWS = {"table": Path("docs/rows/clip.csv"), "retention": Path("docs/rows/clip_retention.csv")}
 PAPERS = {
     "comp_lora": "about 1 point more few-shot accuracy and 1.3 more retention than LoRA",
     "block_lora": "LoRA's accuracy with fewer trained numbers and at less cost",

@@ -2,7 +2,7 @@
 
     python scripts/table_continual.py NAME=FOLDER ...     # run folders of `vision-peft continual`, by the name they get in the page
 
-sequence.json of each is copied to docs/results_continual/NAME.json; without arguments the page is made from those.
+sequence.json of each is copied to docs/rows/continual/NAME.json; without arguments the page is made from those.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from pathlib import Path
 
 from vision_peft.report.sequence import mean, measures, text_table
 
-HEAD, PAGE, STATES = Path("scripts/results_continual_head.md"), Path("docs/results_continual.md"), Path("docs/results_continual")
+HEAD, PAGE, STATES = Path("scripts/results_continual_head.md"), Path("docs/results_continual.md"), Path("docs/rows/continual")
 
 
 def summary(states: dict[str, dict]) -> str:
@@ -41,7 +41,7 @@ def summary(states: dict[str, dict]) -> str:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("runs", nargs="*", metavar="NAME=FOLDER")
-    STATES.mkdir(exist_ok=True)
+    STATES.mkdir(parents=True, exist_ok=True)
     for run in parser.parse_args().runs:
         name, _, folder = run.partition("=")
         shutil.copy(Path(folder) / "sequence.json", STATES / f"{name}.json")

@@ -5,7 +5,7 @@
     OMP_NUM_THREADS=1 VISION_PEFT_DATA=... python scripts/table_fewshot.py --longer     # LoRA on the ViT, 16 shots, four times the steps
     python scripts/table_fewshot.py --write                                             # docs/results_fewshot.md from the rows
 
-Rows are appended to docs/results_fewshot.csv (--select: docs/results_fewshot_rates.csv) as runs end; a run whose row is there is
+Rows are appended to docs/rows/results_fewshot.csv (--select: docs/rows/results_fewshot_rates.csv) as runs end; a run whose row is there is
 skipped. What is chosen is chosen by val accuracy: the strength of the linear probe in every run, by LinearHead itself; the learning rate
 of a method once a backbone, by the mean over the sets at 16 shots, seed 1. Test accuracies of --select are not computed.
 The layers below the first adapted one are cached, over a fixed number of augmented views.
@@ -38,9 +38,9 @@ from vision_peft.tasks.cache import HiddenStates
 from vision_peft.tasks.fewshot_classification import FewShotClassification
 from vision_peft.tasks.heads import LinearHead
 
-ROWS = Path("docs/results_fewshot.csv")
-LONGER_ROWS = Path("docs/results_fewshot_longer.csv")
-RATE_ROWS = Path("docs/results_fewshot_rates.csv")
+ROWS = Path("docs/rows/results_fewshot.csv")
+LONGER_ROWS = Path("docs/rows/results_fewshot_longer.csv")
+RATE_ROWS = Path("docs/rows/results_fewshot_rates.csv")
 PAGE = Path("docs/results_fewshot.md")
 SETS = ("dtd10", "caltech101")
 SHOTS = (4, 16)

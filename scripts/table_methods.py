@@ -2,7 +2,7 @@
 
     python scripts/table_methods.py DTD10_FOLDER CALTECH_FOLDER LOW_RATES_FOLDER
 
-The folders are those of three comparisons (their commands are in the page); trials.csv and table.csv of each are copied to docs/.
+The folders are those of three comparisons (their commands are in the page); trials.csv and table.csv of each are copied to docs/rows/.
 The sentences come from scripts/results_methods_claims.yaml and from the rows: a difference to LoRA counts as seen where it is larger
 than two standard errors of the difference of the two means.
 """
@@ -24,7 +24,7 @@ HEAD = Path("scripts/results_methods_head.md")
 
 
 def rows_of(name: str) -> list[dict[str, str]]:
-    return list(csv.DictReader(Path(f"docs/results_methods_{name}.csv").read_text().splitlines()))
+    return list(csv.DictReader(Path(f"docs/rows/results_methods_{name}.csv").read_text().splitlines()))
 
 
 def table_of(name: str) -> dict[str, dict[str, str]]:
@@ -100,8 +100,8 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("folders", nargs="*", type=Path, help="of the comparisons on dtd10, on caltech101, and at low rates on dtd10")
     for folder, name in zip(parser.parse_args().folders, ("dtd10", "caltech101", "dtd10_low")):
-        shutil.copy(folder / "table.csv", f"docs/results_methods_{name}.csv")
-        shutil.copy(folder / "trials.csv", f"docs/results_methods_{name}_trials.csv")
+        shutil.copy(folder / "table.csv", f"docs/rows/results_methods_{name}.csv")
+        shutil.copy(folder / "trials.csv", f"docs/rows/results_methods_{name}_trials.csv")
     parts = {"{dtd10}": accuracies("dtd10"), "{caltech101}": accuracies("caltech101"), "{low}": below_the_probe()}
     parts["{sentences}"] = sentences()
     text = HEAD.read_text()
