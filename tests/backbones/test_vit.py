@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 from PIL import Image
+from timm.layers.attention import Attention
 from torch import nn
 from torchvision.transforms import v2
 
@@ -240,3 +241,22 @@ def _features(backbone: Vit, root: Path, split: str, count: int) -> tuple[torch.
     with torch.inference_mode():
         features = nn.functional.normalize(backbone(batch))
     return features, torch.arange(len(labels)).repeat_interleave(count)
+
+
+def test_attention_in_bfloat16_is_no_less_exact_than_timms():
+    """Matrix products in the place of torch's kernel: the same function, rounded elsewhere."""
+    torch.manual_seed(0)
+    backbone = Vit("vit_tiny_patch16_224", image_size=64, depth=3, pretrained=False)
+    backbone.load()
+    ours, theirs = backbone.network.eval(), copy.deepcopy(backbone.network).eval()
+    for module in theirs.modules():
+        if isinstance(module, Attention):
+            module.__class__ = Attention
+    assert not [module for module in ours.modules() if type(module) is Attention]
+    images = torch.randn(2, 3, 64, 64)
+    with torch.no_grad():
+        exact = theirs(images)
+        assert torch.equal(ours(images), exact)  # in float32 it is the kernel
+        with torch.autocast("cpu", torch.bfloat16):
+            errors = [(network(images).float() - exact).norm() for network in (ours, theirs)]
+    assert errors[0] < 1.5 * errors[1]

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from vision_peft.backbones.clip_text import ShortHFText, ShortTextCLIP, ShortTextTransformer
+from vision_peft.backbones.timm_attention import choose_attention
 from vision_peft.engine.attention import BatchedAttention
 from vision_peft.errors import UserError
 
@@ -85,6 +86,8 @@ def build(config: dict[str, Any]) -> nn.Module:
             module.p = 0.0
         if isinstance(module, ShortHFText):  # prompts are short: matrix products take half the time of torch's attention kernel
             module.transformer.set_attn_implementation("eager")
+    if isinstance(network.visual, TimmModel):
+        choose_attention(network.visual.trunk)
     return network.requires_grad_(False)
 
 

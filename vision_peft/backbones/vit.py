@@ -13,6 +13,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from vision_peft.backbones import offline
 from vision_peft.backbones.base import Backbone, Preprocess
 from vision_peft.backbones.recipes import RECIPES, Recipe, find_recipe
+from vision_peft.backbones.timm_attention import choose_attention
 from vision_peft.backbones.timm_cuts import find_cuts
 from vision_peft.backbones.timm_sites import is_stack, name_sites, trace
 from vision_peft.backbones.timm_weights import check_weights_file, first_line, load_weights
@@ -186,6 +187,7 @@ class Vit(Backbone):
             pool = "avg" if pool == "default" else pool
         if pool != "default":
             network.reset_classifier(0, pool)
+        choose_attention(network)
         return network.requires_grad_(False)
 
     def _weights_file(self) -> Path | None:
