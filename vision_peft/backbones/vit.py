@@ -106,6 +106,11 @@ class Vit(Backbone):
         """Blocks of a vision transformer, stages of a convolutional network or Swin, 0 for other architectures."""
         return len(self._cuts.blocks) if self._cuts else 0
 
+    @property
+    def is_transformer(self) -> bool:
+        """Whether it is a plain stack of attention blocks."""
+        return is_stack(self.network)
+
     def first_block(self, targets: set[str]) -> int:
         if self._cuts is None:
             return 0

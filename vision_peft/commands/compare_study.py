@@ -1,4 +1,4 @@
-"""What a comparison runs: every rate with the first seed, then each method's best rate with every seed."""
+"""What a comparison runs: every rate with the first seed, then each method's best rate with every seed; one rate alone needs no choice."""
 
 from __future__ import annotations
 
@@ -68,16 +68,21 @@ class Study(TrialStore):
 
     def size(self) -> int:
         """Trials in all, once every rate is chosen."""
-        return sum(len(rates) for rates in self.plan.rates.values()) + len(self.plan.methods) * len(self.plan.seeds)
+        choices = sum(len(rates) for rates in self.plan.rates.values() if len(rates) > 1)
+        return choices + len(self.plan.methods) * len(self.plan.seeds)
 
     def wanted(self) -> list[Key]:
-        choosing = [("choose", name, rate, self.plan.seeds[0]) for name, rates in self.plan.rates.items() for rate in rates]
+        several = {name: rates for name, rates in self.plan.rates.items() if len(rates) > 1}
+        choosing = [("choose", name, rate, self.plan.seeds[0]) for name, rates in several.items() for rate in rates]
         return choosing + [("report", name, rate, seed) for name, rate in self.chosen().items() for seed in self.plan.seeds]
 
     def chosen(self) -> dict[str, float]:
         """Method -> rate with the best val score (the smaller of equals), for methods of which every rate has ended."""
         found, known = {}, self.trials()
         for name, rates in self.plan.rates.items():
+            if len(rates) == 1:
+                found[name] = rates[0]
+                continue
             trials = [known.get(("choose", name, rate, self.plan.seeds[0])) for rate in rates]
             if all(trial is not None and trial.state in (TrialState.COMPLETE, TrialState.FAIL) for trial in trials):
                 scores = [(trial.value, -rate) for rate, trial in zip(rates, trials) if trial.state == TrialState.COMPLETE]

@@ -20,7 +20,7 @@ from vision_peft.engine.adapter_set import AdapterSet
 from vision_peft.engine.as_lora import as_lora
 from vision_peft.engine.merged import save_merged
 from vision_peft.engine.peft_layout import save_peft
-from vision_peft.engine.store import CARD, CONFIG, WEIGHTS, load_adapter, read_tensors, replace_folder
+from vision_peft.engine.store import CARD, CONFIG, WEIGHTS, load_adapter, read_config, read_tensors, replace_folder
 from vision_peft.errors import UserError
 
 TOLERANCE = {"adapter": 0.0, "merged": 1e-4, "peft": 1e-5}  # of the largest output: float32 sums in another order
@@ -56,6 +56,8 @@ def export(folder: Path, form: str, output: Path, rank: int | None = None, force
     backbone.eval()
     bare = copy.deepcopy(backbone.network)
     adapters = load_adapter(backbone.network, adapter, sites=backbone.sites(), resized=backbone.resized)
+    if form == "peft" and (beside := read_config(adapter)["beside"]):
+        raise UserError(f"{adapter}: PEFT's layout has no place for what was trained beside the method ({min(beside)}): use --to merged")
     run = on_random_input(backbone, text=any(site.target.startswith("text.") for site in adapters.sites))
     name, approximation = "default", ""
     if rank is not None:

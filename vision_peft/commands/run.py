@@ -188,6 +188,7 @@ def _quieten() -> None:
         ".*smaller than the logging interval.*",
         ".*exists and is not empty.*",
         ".*LeafSpec.*",
+        ".*You have overridden `transfer_batch_to_device`.*",
     ):
         warnings.filterwarnings("ignore", text)
     logging.getLogger("lightning.pytorch.utilities.rank_zero").addFilter(lambda record: "litlogger" not in record.getMessage())

@@ -14,6 +14,7 @@ import torch
 import yaml
 
 from vision_peft.commands.run import hushed, make_cli
+from vision_peft.engine.adapter_set import AdapterSet
 from vision_peft.errors import UserError
 
 # what a trial writes is its row: no loggers, checkpoints or adapter folders
@@ -56,11 +57,10 @@ def run_trial(
             found["val"] = float(valued[score])
         if test:
             found |= cli.trainer.test(cli.model, datamodule=cli.datamodule, verbose=False)[0]
-    adapters = cli.adapter.adapters
     result = {key: float(value) for key, value in found.items()}
-    result["trainable"] = float(adapters.num_trainable() if adapters is not None else 0)
+    result["trainable"] = float(sum(part.num_trainable() for part in cli.model.parts.values() if isinstance(part, AdapterSet)))
     result |= {"seconds": seconds, "mib": _peak()}
-    del cli, adapters
+    del cli
     gc.collect()
     return result
 

@@ -64,6 +64,10 @@ class ImageDataset(Dataset):
         """The image of an index in an epoch, float32 (3, S, S)."""
         return self[Draw(index, epoch)][0]
 
+    def with_image(self, key: int | Draw, image: Tensor) -> tuple[Tensor, int]:
+        """The item, with something else in the place of its image."""
+        return image, self.records[key.index if isinstance(key, Draw) else key].label
+
     def identity(self) -> str:
         """Changes with anything the pictures depend on: files and their times, transform, seed, views."""
         paths = [record.path for record in self.records]

@@ -25,6 +25,7 @@ class AdapterSet(nn.Module):
         super().__init__()
         self.method = method
         self.sites = list(sites)
+        self.label, self.lr = "", None  # before the names of its optimizer groups; a learning rate of its own
         if len({_key(site) for site in self.sites}) < len(self.sites):
             raise UserError("two of the sites have the same name: names must be unique in a network")
         self.shared = method.shared(self.sites)
@@ -69,7 +70,10 @@ class AdapterSet(nn.Module):
             self.method.coordinate(self.named_adapters(), self.shared, clock)
 
     def param_groups(self, lr: float) -> list[dict[str, Any]]:
-        return self.method.param_groups(self.named_adapters(), self.shared, lr)
+        """Groups for an optimizer of this learning rate; `self.lr`, where it is set, goes before it."""
+        own = {} if self.lr is None else {"lr": self.lr}
+        groups = self.method.param_groups(self.named_adapters(), self.shared, self.lr or lr)
+        return [{**own, **group, "name": self.label + group["name"]} for group in groups]
 
     def num_trainable(self) -> int:
         return sum(parameter.numel() for parameter in trainable([self]))

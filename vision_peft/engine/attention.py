@@ -14,7 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-LONGEST = 512  # tokens, of sequences whose weights are held
+LONGEST = 1024  # tokens, of sequences whose weights are held
 Linear = Callable[[Tensor, str, str], Tensor]  # x and the names of weight and bias in the module -> the map's output
 
 

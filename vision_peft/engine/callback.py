@@ -10,10 +10,10 @@ import lightning.pytorch as pl
 import torch
 from lightning.pytorch.utilities import rank_zero_info, rank_zero_only
 
-from vision_peft.engine.adapter import Clock, Method
+from vision_peft.engine.adapter import Clock, Method, find_method
 from vision_peft.engine.adapter_set import AdapterSet
 from vision_peft.engine.evidence import collect
-from vision_peft.engine.install import attach, installed
+from vision_peft.engine.install import attach, installed, refuse_shared
 from vision_peft.engine.store import save_adapter
 from vision_peft.engine.targets import resolve, table
 from vision_peft.errors import UserError
@@ -23,11 +23,13 @@ class AdapterCallback(pl.Callback):
     """Installs adapters before training, steps their schedule, and writes the adapter folder at the end.
 
     Args:
-        method: what to put on the backbone; null leaves it frozen, so that only the task's head is trained (linear probe).
+        method: what to put on the backbone; null leaves it frozen: only the task's head (linear probe) and `train` are trained.
         targets: presets and patterns of the layers to adapt, see `vision-peft targets`.
         seed: of the adapters' starts and random bases.
         evidence_batches: training batches of the calibration pass, for methods that need one.
         folder: where the adapter goes after fit; by default `adapter` in the run's folder.
+        train: patterns of layers and tensors that are trained whole beside the method, as in full fine-tuning (a decoder, norms).
+        train_lr: their learning rate; null for the optimizer's.
     """
 
     def __init__(
@@ -37,28 +39,53 @@ class AdapterCallback(pl.Callback):
         seed: int = 0,
         evidence_batches: int = 8,
         folder: str | None = None,
+        train: str | list[str] | None = None,
+        train_lr: float | None = None,
     ) -> None:
         self.method, self.targets, self.seed, self.evidence_batches, self.folder = method, targets, seed, evidence_batches, folder
-        self.adapters: AdapterSet | None = None
+        self.train, self.train_lr = train, train_lr
+        if train_lr is not None and not train:
+            raise UserError("adapter.train_lr: goes with adapter.train, which is empty")
+        self.adapters: AdapterSet | None = None  # of the method; where there is none, of what is trained whole
         self._after_step: Any = None  # handle of the optimizer's hook
 
     def check(self, backbone: Any) -> None:
         """Raise UserError where method or targets do not fit the backbone; reads no weights."""
-        if self.method is not None:
-            AdapterSet(self.method, resolve(self.targets, backbone.sites(), self.method))  # a site may refuse a hyper-parameter
+        chosen = [(method, resolve(targets, backbone.sites(), method)) for _, method, targets in self._wanted()]
+        refuse_shared(*(sites for _, sites in chosen))
+        for method, sites in chosen:
+            AdapterSet(method, sites)  # a site may refuse a hyper-parameter
+
+    def _wanted(self) -> list[tuple[str, Method, str | list[str]]]:
+        """Name, method and targets of the run's adapter sets: the method's, and one of what is trained whole."""
+        found = [("default", self.method, self.targets)] if self.method is not None else []
+        if self.train:
+            found.append(("trained" if found else "default", find_method("full")(), self.train))
+        return found
 
     def setup(self, trainer: pl.Trainer, task: Any, stage: str) -> None:
         task.prepare(trainer)
         network = task.backbone.network
-        if self.method is None or installed(network):
+        wanted = self._wanted()
+        if not wanted or installed(network):
             return
-        sites = resolve(self.targets, task.backbone.sites(), self.method)
-        task.backbone.adapted = frozenset(site.target for site in sites)  # first: a calibration pass asks what changes, too
-        evidence = self._evidence(trainer, task, sites) if self.method.evidence and stage == "fit" else None
-        options = {"sites": task.backbone.sites(), "seed": self.seed, "evidence": evidence, "restoring": stage != "fit"}
-        self.adapters = attach(network, self.method, self.targets, **options)
-        task.add_part("adapters", self.adapters)
-        rank_zero_info(f"{self.method!r}\n{table(self.adapters.sites, self.method, collapse=True)}")
+        sites = [resolve(targets, task.backbone.sites(), method) for _, method, targets in wanted]
+        # first: a calibration pass asks what changes, too
+        task.backbone.adapted = frozenset(site.target for each in sites for site in each)
+        evidence = self._evidence(trainer, task, sites[0]) if wanted[0][1].evidence and stage == "fit" else None
+        options = {"sites": task.backbone.sites(), "seed": self.seed, "restoring": stage != "fit"}
+        for name, method, targets in wanted:
+            given = evidence if name == "default" else None
+            adapters = attach(network, method, targets, name=name, evidence=given, beside=name != "default", **options)
+            if name == "default":
+                self.adapters = adapters
+                rank_zero_info(f"{method!r}\n{table(adapters.sites, method, collapse=True)}")
+            else:
+                adapters.label = f"{name}/"
+                rank_zero_info(f"trained whole beside it: {len(adapters.sites)} tensors, {adapters.num_trainable():,} numbers ({self.train})")
+            if name == "trained" or self.method is None:
+                adapters.lr = self.train_lr
+            task.add_part("adapters" if name == "default" else name, adapters)
 
     def on_train_start(self, trainer: pl.Trainer, task: Any) -> None:
         if self.adapters is None:
@@ -99,7 +126,7 @@ class AdapterCallback(pl.Callback):
             seed=self.seed,
             backbone=task.backbone.describe(),
             resized=task.backbone.resized,
-            parts={name: part for name, part in task.parts.items() if name != "adapters"},
+            parts={name: part for name, part in task.parts.items() if not isinstance(part, AdapterSet)},
             extra={"targets": self.targets, "metrics": metrics, **task.facts()},
             card=self._card(task, metrics),
         )
@@ -110,8 +137,8 @@ class AdapterCallback(pl.Callback):
         rows = "\n".join(f"| {key} | {value:.4f} |" for key, value in sorted(metrics.items()))
         backbone = ", ".join(f"{key} {value}" for key, value in task.backbone.describe().items())
         return (
-            f"# {type(self.method).__name__} adapter\n\n"
-            f"Backbone: {backbone}.\n\nMethod: `{self.method!r}` on {len(self.adapters.sites)} sites, "
+            f"# {type(self.adapters.method).__name__} adapter\n\n"
+            f"Backbone: {backbone}.\n\nMethod: `{self.adapters.method!r}` on {len(self.adapters.sites)} sites, "
             f"{self.adapters.num_trainable():,} trained numbers.\n\n| metric | value |\n|---|---|\n{rows}\n\n"
             "Load it with `vision_peft.load_adapter(network, folder, sites=backbone.sites())`, evaluate it with the run's "
             "configuration, export it with `vision-peft export`.\n"

@@ -66,6 +66,7 @@ def attach(
     seed: int = 0,
     evidence: Mapping[str, Evidence] | None = None,
     restoring: bool = False,
+    beside: bool = False,
 ) -> AdapterSet:
     """Freeze `network`, put adapters of `method` on the targeted layers, switch them on, and return them.
 
@@ -76,6 +77,7 @@ def attach(
         seed: of the private generators that start the adapters.
         evidence: what engine.evidence.collect gathered, for methods that ask for it.
         restoring: trained values will be loaded next, so no evidence is needed.
+        beside: leave the sets that are active so; no tensor may then be in two of them.
     """
     installation = _find(network, missing_ok=True) or Installation(network)
     if installation.state.merged:
@@ -86,16 +88,29 @@ def attach(
     if missing and not restoring:
         raise UserError(f"method {method.name} needs evidence ({', '.join(sorted(missing))}): collect it first, engine.evidence.collect")
     chosen = resolve(targets, sites if sites is not None else enumerate_sites(network, fused=fused_qkv), method)
+    if beside:
+        refuse_shared([site for each in installation.state.mix for site in installation.sets[each].sites], chosen)
     adapters = AdapterSet(method, chosen)
     adapters.to(next(network.parameters()).device)
     adapters.initialize(network, seed, evidence)
     network.requires_grad_(False)
-    return _install(installation, name, adapters)
+    return _install(installation, name, adapters, beside)
 
 
-def _install(installation: Installation, name: str, adapters: AdapterSet) -> AdapterSet:
+def refuse_shared(taken: Sequence[Site] = (), chosen: Sequence[Site] = ()) -> None:
+    """UserError where a tensor (or rows of it) would be in two sets that act at once."""
+    owners: dict[str, list[Site]] = {}
+    for site in taken:
+        owners.setdefault(site.path, []).append(site)
+    for site in chosen:
+        for other in owners.get(site.path, []):
+            if site.rows is None or other.rows is None or site.rows == other.rows:
+                raise UserError(f"{site.name} is adapted already, as {other.name}: a tensor can be in one of the active sets only")
+
+
+def _install(installation: Installation, name: str, adapters: AdapterSet, beside: bool = False) -> AdapterSet:
     installation.add(name, adapters)
-    installation.state.mix = {name: 1.0}
+    installation.state.mix = {**(installation.state.mix if beside else {}), name: 1.0}
     installation.network.__dict__[_ATTRIBUTE] = installation
     _warn_unused_dropout(installation, adapters)
     return adapters
@@ -220,7 +235,6 @@ def _above(path: str) -> list[str]:
 
 
 
-
 def _gathered(evidence: Mapping[str, Evidence] | None) -> set[str]:
     given = list((evidence or {}).values())
     return {kind for kind in ("gradient", "covariance") if given and all(getattr(each, kind) is not None for each in given)}
@@ -234,6 +248,3 @@ def _warn_unused_dropout(installation: Installation, adapters: AdapterSet) -> No
             f"({without[0]}, ...)",
             stacklevel=3,
         )
-
-
-

@@ -11,6 +11,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
@@ -39,7 +40,7 @@ def save_adapter(
     extra: Mapping[str, Any] | None = None,
     card: str = "",
 ) -> Path:
-    """Write the adapter set `name` of `network`, and trained `parts` such as a head.
+    """Write the adapter set `name` of `network`, the other active sets, and trained `parts` such as a head.
 
     An existing adapter folder is replaced only when all is written; a folder that holds anything else is left alone (UserError).
 
@@ -55,10 +56,12 @@ def save_adapter(
     adapters = found.sets[name]
     tensors = {f"parts.{part}.{key}": value for part, module in (parts or {}).items() for key, value in module.state_dict().items()}
     tensors |= adapters.state_dict()
+    others = {each: found.sets[each] for each in found.state.mix if each != name}
+    tensors |= {f"beside.{each}.{key}": value for each, other in others.items() for key, value in other.state_dict().items()}
     own = {
         "format": FORMAT,
-        "method": {"name": adapters.method.name, "hyperparameters": adapters.method.hyperparameters()},
-        "sites": [site.name for site in adapters.sites],
+        **_described(adapters),
+        "beside": {each: _described(other) for each, other in others.items()},
         "seed": seed,
         "backbone": {**(backbone or {"class": type(network).__name__}), "fingerprint": fingerprint(network, resized)},
         "parts": sorted(parts or {}),
@@ -71,6 +74,12 @@ def save_adapter(
         (staging / CONFIG).write_text(json.dumps(config, indent=2) + "\n")
         (staging / CARD).write_text(card or f"# {adapters.method.name} adapter\n")
     return Path(folder)
+
+
+def _described(adapters: AdapterSet) -> dict[str, Any]:
+    """What a set is made of, JSON-ready; `_restored` makes it again."""
+    method = {"name": adapters.method.name, "hyperparameters": adapters.method.hyperparameters()}
+    return {"method": method, "sites": [site.name for site in adapters.sites]}
 
 
 @contextmanager
@@ -121,7 +130,10 @@ def load_adapter(
     resized: frozenset[str] = frozenset(),
     parts: Mapping[str, nn.Module] | None = None,
 ) -> AdapterSet:
-    """Attach the adapter set stored in `folder` and fill `parts`; strict in keys, shapes, backbone and recomputed bases.
+    """Attach the adapter sets stored in `folder` and fill `parts`; strict in keys, shapes, backbone and recomputed bases.
+
+    Returns:
+        The set of the folder's method; sets that were active beside it are attached and active under their own names.
 
     Raises:
         UserError: one line naming the folder and what does not fit; the network is then as it was.
@@ -130,32 +142,54 @@ def load_adapter(
     installation = _find(network, missing_ok=True) or Installation(network)
     if installation.state.merged:
         raise UserError("adapters are merged into the network: unmerge() before loading others")
-    if name in installation.sets:
-        raise UserError(f"an adapter set named {name!r} is already attached: detach() it or choose another name")
+    for each in (name, *config["beside"]):
+        if each in installation.sets:
+            raise UserError(f"an adapter set named {each!r} is already attached: detach() it or choose another name")
     there = fingerprint(network, resized)
     if config["backbone"]["fingerprint"] != there:
         described = {key: value for key, value in config["backbone"].items() if key != "fingerprint"}
         raise UserError(f"{folder}: the adapter belongs to another backbone ({described}): fingerprints differ")
     listed = sites if sites is not None else enumerate_sites(network, fused=fused_qkv)
     known = {site.name: site for site in [*listed, *whole_sites(listed)]}
-    unknown = [each for each in config["sites"] if each not in known]
-    if unknown:
-        raise UserError(f"{folder}: the backbone has no layer {unknown[0]!r}, which the adapter adapts")
-    method = _method(folder, config)
-    adapters = AdapterSet(method, [known[each] for each in config["sites"]]).to(next(network.parameters()).device)
-    adapters.initialize(network, config["seed"])
-    own = {key: value for key, value in tensors.items() if not key.startswith("parts.")}
+    device = next(network.parameters()).device
+    adapters = _restored(folder, config, known, network, config["seed"], device)
+    others = {each: _restored(folder, described, known, network, config["seed"], device) for each, described in config["beside"].items()}
+    own = {key: value for key, value in tensors.items() if not key.startswith(("parts.", "beside."))}
     load_strictly(adapters, own, f"{folder}/{WEIGHTS}")
+    for each, other in others.items():
+        load_strictly(other, _below(tensors, f"beside.{each}."), f"{folder}/{WEIGHTS} ({each})")
     undeclared = {key.split(".")[1] for key in tensors if key.startswith("parts.")} - set(config["parts"])
     if undeclared:
         raise UserError(f"{folder}/{WEIGHTS}: holds part {min(undeclared)!r}, which {CONFIG} does not declare")
     for part in config["parts"]:
         if part in (parts or {}):
-            prefix = f"parts.{part}."
-            theirs = {key.removeprefix(prefix): value for key, value in tensors.items() if key.startswith(prefix)}
-            load_strictly(parts[part], theirs, f"{folder}/{WEIGHTS} ({part})")
+            load_strictly(parts[part], _below(tensors, f"parts.{part}."), f"{folder}/{WEIGHTS} ({part})")
     network.requires_grad_(False)
-    return _install(installation, name, adapters)
+    _install(installation, name, adapters)
+    for each, other in others.items():
+        _install(installation, each, other, beside=True)
+    return adapters
+
+
+def _restored(
+    folder: str | os.PathLike[str],
+    described: Mapping[str, Any],
+    known: Mapping[str, Site],
+    network: nn.Module,
+    seed: int,
+    device: torch.device,
+) -> AdapterSet:
+    """A set of the described method on the described sites, at its start."""
+    for each in described["sites"]:
+        if each not in known:
+            raise UserError(f"{folder}: the backbone has no layer {each!r}, which the adapter adapts")
+    adapters = AdapterSet(_method(folder, described), [known[each] for each in described["sites"]]).to(device)
+    adapters.initialize(network, seed)
+    return adapters
+
+
+def _below(tensors: Mapping[str, Tensor], prefix: str) -> dict[str, Tensor]:
+    return {key.removeprefix(prefix): value for key, value in tensors.items() if key.startswith(prefix)}
 
 
 def read_config(folder: str | os.PathLike[str]) -> dict[str, Any]:
@@ -176,6 +210,10 @@ def read_config(folder: str | os.PathLike[str]) -> dict[str, Any]:
     for key, inner in (("method", "name"), ("method", "hyperparameters"), ("backbone", "fingerprint")):
         if inner not in config[key]:
             raise UserError(f"{path}: key {key + '.' + inner!r} is missing: not an adapter folder of this project")
+    config.setdefault("beside", {})  # folders of earlier versions hold one set
+    for each, described in config["beside"].items():
+        if not isinstance(described, dict) or not {"method", "sites"} <= described.keys():
+            raise UserError(f"{path}: beside.{each} has no method and sites: not an adapter folder of this project")
     if config["format"] != FORMAT:
         raise UserError(f"{path}: format {config['format']} is not known to this version (it reads {FORMAT})")
     return config

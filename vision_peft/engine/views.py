@@ -95,7 +95,6 @@ class View:
                 blocks.append((site.rows or (0, parameter.shape[0]), form))
         return blocks or None
 
-
     def linear(self, x: Tensor, parameter: Tensor, b: Tensor | None) -> Tensor | None:
         """The layer's output where an adapter computes it itself; None where all act through weights."""
         active = self.active()

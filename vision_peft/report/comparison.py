@@ -44,7 +44,7 @@ def summarize(rows: Sequence[Row], report: str) -> list[Row]:
     found = []
     for name in dict.fromkeys(row["method"] for row in rows):
         good = [row for row in rows if row["method"] == name and "error" not in row]
-        tried = [row for row in good if row["phase"] == "choose"]
+        tried = [row for row in good if row["phase"] == "choose"] or good  # with one rate there is nothing to choose
         tests = [row[report] for row in good if row["phase"] == "report" and report in row]
         if not tried:
             continue

@@ -17,12 +17,12 @@ from vision_peft.user_cache import cache_folder, keep_tensors
 
 
 class HiddenStates(Dataset):
-    """A dataset of (hidden state that enters block `block`, label) in place of (image, label), under the same keys.
+    """A dataset of items with the hidden state that enters block `block` in the place of the image, under the same keys.
 
     Exact for data whose pictures do not change from epoch to epoch, or cycle through a fixed number of views.
 
     Args:
-        data: an ImageDataset with `views` not None.
+        data: has `views` (not None), `at`, `with_image` and `identity`, as ImageDataset does.
         backbone: loaded; every layer before `block` stays as it is while this is used.
         block: 0 < block <= backbone.num_blocks.
         disk: keep the states in the user's cache as well, under a key made of everything they depend on.
@@ -43,9 +43,9 @@ class HiddenStates(Dataset):
     def __len__(self) -> int:
         return len(self.data)
 
-    def __getitem__(self, key: Any) -> tuple[Tensor, int]:
+    def __getitem__(self, key: Any) -> Any:
         index, epoch = key if isinstance(key, tuple) else (key, 0)
-        return self.states[epoch % self.views, index], self.data.records[index].label
+        return self.data.with_image(key, self.states[epoch % self.views, index])
 
     def _compute(self, backbone: Backbone, block: int, device: torch.device, precision: Any) -> Tensor:
         """(views, N, ...) on the CPU, in the type the network gives."""
