@@ -34,10 +34,10 @@ RENAME = renamer(
     ]
 )
 
-# Modules whose embedding tables are read by the module above them, which never calls the tables.
+# Modules whose embedding tables are read by the module above them, which never calls the tables, and the method that reads them.
 READ_BY_PARENT = {
-    "prompt_encoder": ("point_embeddings", "not_a_point_embed", "no_mask_embed"),
-    "mask_decoder": ("iou_token", "mask_tokens"),
+    "prompt_encoder": ("forward", ("point_embeddings", "not_a_point_embed", "no_mask_embed")),
+    "mask_decoder": ("predict_masks", ("iou_token", "mask_tokens")),
 }
 
 
@@ -63,8 +63,8 @@ def name_sam_sites(network: nn.Module, trunk: Sequence[Site] | None) -> list[Sit
 
 def _moved(site: Site) -> Site:
     """The site with the module that really reads it."""
-    for reader, tables in READ_BY_PARENT.items():
+    for reader, (call, tables) in READ_BY_PARENT.items():
         inner = site.path.removeprefix(f"{reader}.")
         if inner != site.path and inner.startswith(tables):
-            return replace(site, reader=reader, parameter=inner)
+            return replace(site, reader=reader, parameter=inner, calls=(call,))
     return site
