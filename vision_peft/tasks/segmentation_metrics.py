@@ -67,8 +67,9 @@ def skeleton(mask: np.ndarray) -> np.ndarray:
     """The soft skeleton of the clDice paper, run on a boolean mask until nothing is left to erode."""
     from monai.losses.cldice import soft_skel
 
-    widest = int(distance_transform_edt(np.pad(mask, 1)).max()) + 1
-    return soft_skel(torch.from_numpy(mask)[None, None].float(), widest)[0, 0].numpy() > 0.5
+    padded = np.pad(mask, 1)  # at the picture's edge erosion would find nothing to take away
+    widest = int(distance_transform_edt(padded).max()) + 1
+    return soft_skel(torch.from_numpy(padded)[None, None].float(), widest)[0, 0].numpy()[1:-1, 1:-1] > 0.5
 
 
 def mean_scores(cases: Sequence[Mapping[str, float]]) -> dict[str, float]:
