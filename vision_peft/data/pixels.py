@@ -53,6 +53,15 @@ def load_pixels(path: Path, index: int | None = None) -> Pixels:
     return Pixels(np.asarray(load_rgb(Record(path, -1)), np.float32) / 255)
 
 
+def list_slices(path: Path) -> list[int | None]:
+    """The slices of a volume, or [None] for what is one picture."""
+    if not path.name.lower().endswith(NIFTI):
+        return [None]
+    load_pixels(path, 0)  # says what is wrong with it
+    values, _ = _read_volume(str(path), "NibabelReader")
+    return list(range(values.shape[2])) if values.ndim == 3 else [None]
+
+
 def load_labels(path: Path, index: int | None = None) -> np.ndarray:
     """A label image as integers (H, W): what each pixel's number says, palettes as their indices.
 

@@ -21,7 +21,7 @@ from vision_peft.data.mask_labels import MaskKind
 from vision_peft.data.mask_presets import NORMALIZATIONS, PRESETS, NormalizeName, PresetName
 from vision_peft.data.mask_records import MaskRecord, read_mask_csv
 from vision_peft.data.parallel import map_threads
-from vision_peft.data.pixels import DICOM, NIFTI
+from vision_peft.data.pixels import DICOM, NIFTI, list_slices
 from vision_peft.data.roots import existing
 from vision_peft.data.sampler import OrderedSampler, ResumableSampler
 from vision_peft.errors import UserError
@@ -155,7 +155,8 @@ class SegmentationImages(lightning.LightningDataModule):
         found = sorted(path for path in self.predict_folder.rglob("*") if path.is_file() and path.name.lower().endswith(tuple(names)))
         if not found:
             raise UserError(f"data.predict_folder: no picture in {self.predict_folder}")
-        dataset = CaseDataset([MaskRecord(path) for path in found], self.reading, None, self.seed)
+        records = [MaskRecord(path, slice=each) for path in found for each in list_slices(path)]
+        dataset = CaseDataset(records, self.reading, None, self.seed)
         return DataLoader(dataset, batch_size=self._eval_batch(), collate_fn=list, **self._loading())
 
     @property

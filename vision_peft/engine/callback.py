@@ -13,7 +13,7 @@ from lightning.pytorch.utilities import rank_zero_info, rank_zero_only
 from vision_peft.engine.adapter import Clock, Method, find_method
 from vision_peft.engine.adapter_set import AdapterSet
 from vision_peft.engine.evidence import collect
-from vision_peft.engine.install import attach, installed, refuse_shared
+from vision_peft.engine.install import attach, installed, merge, refuse_shared, unmerge
 from vision_peft.engine.store import save_adapter
 from vision_peft.engine.targets import resolve, table
 from vision_peft.errors import UserError
@@ -98,7 +98,22 @@ class AdapterCallback(pl.Callback):
 
         self._after_step = trainer.optimizers[0].register_step_post_hook(coordinate)
 
+    # While nothing is trained the effective weights are put in place once, instead of being computed at every call.
+
+    def on_validation_start(self, trainer: pl.Trainer, task: Any) -> None:
+        sets = installed(task.backbone.network).values()
+        if sets and all(each.method.merge == "exact" for each in sets):
+            merge(task.backbone.network)
+
+    def on_validation_end(self, trainer: pl.Trainer, task: Any) -> None:
+        if installed(task.backbone.network):
+            unmerge(task.backbone.network)
+
+    on_test_start = on_predict_start = on_validation_start
+    on_test_end = on_predict_end = on_validation_end
+
     def teardown(self, trainer: pl.Trainer, task: Any, stage: str) -> None:
+        self.on_validation_end(trainer, task)  # where an evaluation was cut short
         if self._after_step is not None:
             self._after_step.remove()
             self._after_step = None

@@ -172,6 +172,9 @@ class PromptableSegmentation(Task):
         self._rows: list[dict[str, Any]] = []
 
     def on_validation_epoch_end(self) -> None:
+        if self.trainer.sanity_checking:  # a look at two batches before training chooses nothing
+            self.point.histograms.clear()
+            return
         if self.backbone.classes is None:
             dice = self.point.choose() if self.point.histograms else math.nan
             self.log("val/threshold", self.point.threshold.clone())

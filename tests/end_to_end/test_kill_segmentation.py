@@ -1,0 +1,45 @@
+"""A segmentation run that is killed inside an epoch and resumed ends with the adapter of one that was left alone, bit for bit."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+import yaml
+from PIL import Image
+
+CONFIG = {
+    "seed_everything": 1,
+    "model": {
+        "class_path": "PromptableSegmentation",
+        "init_args": {"backbone": {"class_path": "vision_peft.backbones.Sam", "init_args": {"name": "tiny", "image_size": 64}}},
+    },
+    "adapter": {"method": {"class_path": "LoRA", "init_args": {"rank": 2, "dropout": 0.1}}, "targets": "qv", "train": ["decoder.*"]},
+    "trainer": {"max_steps": 7, "accelerator": "cpu", "enable_progress_bar": False, "num_sanity_val_steps": 0},
+    "checkpoint_every": 2,
+}
+
+
+@pytest.mark.parametrize("patch", [None, 24])
+def test_killed_and_resumed_equals_uninterrupted(runner, patch):
+    rows = ["image,mask,split"]
+    for i in range(8):
+        mask = np.zeros((30, 40), np.uint8)
+        mask[i : i + 12, 8:30] = 1
+        Image.fromarray(np.random.default_rng(i).integers(0, 200, (30, 40, 3), dtype=np.uint8)).save(runner.folder / f"{i}.png")
+        Image.fromarray(mask).save(runner.folder / f"{i}_mask.png")
+        rows.append(f"{i}.png,{i}_mask.png,{'val' if i > 5 else 'train'}")
+    (runner.folder / "split.csv").write_text("\n".join(rows) + "\n")
+    data = {"file": str(runner.folder / "split.csv"), "batch_size": 2, "patch": patch}  # 3 batches an epoch
+    (runner.folder / "seg.yaml").write_text(yaml.safe_dump({**CONFIG, "data": {"class_path": "SegmentationImages", "init_args": data}}))
+    whole = runner("fit", "--config", "seg.yaml", "--run", "whole")
+    assert whole.returncode == 0, whole.stderr
+    killer = ["--trainer.callbacks+", "killer.Killer", "--trainer.callbacks.step", "5"]
+    killed = runner("fit", "--config", "seg.yaml", "--run", "killed", *killer)
+    assert killed.returncode == -9, killed.stderr
+    resumed = runner("fit", "--resume", "killed", "--trainer.callbacks", "null")
+    assert resumed.returncode == 0, resumed.stderr
+    expected, found = runner.adapter("whole"), runner.adapter("killed")
+    assert expected.keys() == found.keys() and any(key.startswith("beside.trained.") for key in expected)
+    for key in expected:
+        assert torch.equal(expected[key], found[key]), key
