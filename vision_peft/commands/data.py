@@ -1,4 +1,4 @@
-"""`vision-peft data`: the eleven few-shot sets, from the archives that their authors publish to the layouts that are read here.
+"""`vision-peft data`: the known sets of few-shot classification and of vessel segmentation, from the archives that their authors publish to the layouts that are read here.
 
 Archives are fetched by hand (datasets/README.md says from where), unpacked and counted by `prepare`; `list` tells what there is.
 
@@ -40,7 +40,7 @@ def _list(argv: list[str]) -> None:
         counts = [count or "-" for count in known.counts]
         rows.append((name, folder.name if folder.exists() else "-", *counts, known.placement.split_file or "-", known.placement.archives))
     print(columns([("set", "folder", *(f"{field}" for field in known.counts._fields), "split file", "comes as"), *rows]))
-    print(f"\nFolders are those in {root}. The counts are recalled from CoOp's paper, not certain.")
+    print(f"\nFolders are those in {root}. The counts are recalled from CoOp's paper and the sets' descriptions, not certain.")
 
 
 def _prepare(argv: list[str]) -> None:

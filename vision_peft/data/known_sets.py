@@ -1,4 +1,4 @@
-"""The eleven few-shot sets: where they are kept, what they come as, how many pictures they should have."""
+"""The known sets, eleven of few-shot classification and seven of vessels: where they are, what they come as, how many they should have."""
 
 from __future__ import annotations
 
@@ -10,6 +10,8 @@ from typing import NamedTuple
 from vision_peft.data.coop_split import LAYOUTS, CoopSplit
 from vision_peft.data.fgvc_aircraft import FgvcAircraft
 from vision_peft.data.imagenet import ImageNet
+from vision_peft.data.mask_placement import ArcadePictures, MaskPictures, Part, SequencePictures
+from vision_peft.data.mask_records import read_mask_csv
 from vision_peft.data.placement import AircraftPictures, CoopPictures, ImageNetPictures, Placement
 from vision_peft.data.source import Source
 from vision_peft.errors import UserError, nearest
@@ -34,9 +36,10 @@ class KnownSet:
     Attributes:
         name: on the command line and, where it is one of CoOp's nine, in YAML.
         folders: the spellings of its folder, in the order in which its source looks for them; a new set gets the first.
-        counts: quoted from memory of CoOp's paper, not counted in the archives.
+        counts: quoted from memory, not counted in the archives.
         placement: which file of its archives goes where.
         source: its reader, given the folder.
+        recalled_from: whose the counts are.
     """
 
     name: str
@@ -44,6 +47,7 @@ class KnownSet:
     counts: Counts
     placement: Placement
     source: Callable[[str], Source]
+    recalled_from: str = "CoOp's paper"
 
     def folder(self, root: Path) -> Path:
         """Where the set is in `root`, or will be."""
@@ -58,6 +62,23 @@ class KnownSet:
 
 def _coop(name: str, counts: Counts, archives: str) -> KnownSet:
     return KnownSet(name, LAYOUTS[name].folders, counts, CoopPictures(name, archives), lambda folder: CoopSplit(name, folder))
+
+
+@dataclass(frozen=True)
+class KnownMasks(KnownSet):
+    """A segmentation set, whose split.csv is written when it is prepared."""
+
+    source: None = None
+    recalled_from: str = "the set's own description"
+
+    def count(self, folder: Path) -> Counts:
+        names = {role: role for role in ("image", "mask", "fov", "slice", "split")}
+        splits = read_mask_csv(str((folder / "split.csv").absolute()), names, "split.csv")
+        return Counts(1, *(len(splits[split]) for split in ("train", "val", "test")))
+
+
+def _masks(name: str, counts: tuple[int, int, int], placement: Placement) -> KnownMasks:
+    return KnownMasks(name, (name,), Counts(1, *counts), placement)
 
 
 CARS = "cars_train.tgz and cars_test.tgz (car_ims.tgz numbers its pictures in another order)"
@@ -76,7 +97,48 @@ _SETS = [
     _coop("ucf101", Counts(101, 7639, 1898, 3783), "UCF-101-midframes.zip"),
     KnownSet("imagenet", ("imagenet", "ImageNet"), Counts(1000, 1281167, 0, 50000), ImageNetPictures(ILSVRC), ImageNet),
 ]
-KNOWN_SETS = {known.name: known for known in _SETS}
+_VESSELS = [
+    _masks(
+        "drive",
+        (20, 0, 20),
+        MaskPictures(
+            "DRIVE.zip, or training.zip and test.zip with test/1st_manual",
+            Part("train", r"training/images/(\d+)_training\.tif", r"training/1st_manual/ID1_manual1\.gif", r"training/mask/ID1_\w+\.gif"),
+            Part("test", r"test/images/(\d+)_test\.tif", r"test/1st_manual/ID1_manual1\.gif", r"test/mask/ID1_\w+\.gif"),
+        ),
+    ),
+    _masks(
+        "stare",
+        (16, 0, 4),
+        MaskPictures("stare-images.tar and labels-ah.tar", Part(None, r"(im\d+)\.ppm(?:\.gz)?", r"ID1\.ah\.ppm(?:\.gz)?", train=16)),
+    ),
+    _masks("chase_db1", (20, 0, 8), MaskPictures("CHASEDB1.zip", Part(None, r"Image_(\d+[LR])\.jpg", r"Image_ID1_1stHO\.png", train=20))),
+    _masks(
+        "rose",
+        (90, 0, 27),
+        MaskPictures(
+            "ROSE.zip (its part ROSE-1)",
+            *(
+                Part(split, rf"ROSE-1/(\w+)/{split}/img/(\d+)\.(?:tif|png)", rf"ROSE-1/ID1/{split}/gt/ID2\.(?:tif|png)")
+                for split in ("train", "test")
+            ),
+        ),
+    ),
+    _masks("arcade", (1000, 200, 300), ArcadePictures("arcade.zip (its part syntax)")),
+    _masks(
+        "dias",
+        (30, 10, 20),
+        SequencePictures(
+            "DIAS.zip",
+            *(
+                Part(split, rf"{folder}/images/image_(s\d+)_(i\d+)\.png", rf"{folder}/labels/label_(s\d+)\.png")
+                for split, folder in (("train", "training"), ("val", "validation"), ("test", "test"))
+            ),
+        ),
+    ),
+    _masks("xray_angio", (100, 0, 34), MaskPictures("Database_134_Angiograms.zip", Part(None, r"(\d+)\.pgm", r"ID1_gt\.pgm", train=100))),
+]
+KNOWN_SETS = {known.name: known for known in [*_SETS, *_VESSELS]}
 
 
 def known_set(name: str) -> KnownSet:

@@ -9,7 +9,7 @@ import warnings
 from abc import ABC, abstractmethod
 from collections import defaultdict
 from collections.abc import Iterable, Mapping
-from pathlib import PurePosixPath
+from pathlib import Path, PurePosixPath
 from typing import NamedTuple
 
 from vision_peft.data.coop_split import LAYOUTS, SPLITS, CoopSplit
@@ -48,6 +48,9 @@ class Placement(ABC):
         Raises:
             UserError: a picture of the set is in none of the archives, or a text is not what its name says.
         """
+
+    def finish(self, folder: Path) -> None:
+        """What remains to be done in the unpacked set's folder; nothing for most sets."""
 
     def _by_name(self, names: list[str], images: str, members: Iterable[str], origin: str) -> dict[str, str]:
         """The members whose paths end in one of `names`, which go below `images`; those in a folder of that name come first."""

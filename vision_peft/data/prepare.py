@@ -114,6 +114,7 @@ def _install(
             for file, text in texts.items():
                 (folder / file).write_bytes(text.content)
         try:
+            known.placement.finish(folder)
             found = known.count(folder)
         except UserError as error:
             raise UserError(f"{known.name}: not installed: {str(error).replace(f'{folder}/', '')}") from error
@@ -178,9 +179,9 @@ def _compare(known: KnownSet, found: Counts, accept: bool) -> None:
         if have != want
     ]
     if not differing:
-        print(f"{known.name}: the counts are those recalled from CoOp's paper")
+        print(f"{known.name}: the counts are those recalled from {known.recalled_from}")
         return
-    line = f"{known.name}: {', '.join(differing)}; the expected counts are recalled from CoOp's paper, not certain"
+    line = f"{known.name}: {', '.join(differing)}; the expected counts are recalled from {known.recalled_from}, not certain"
     if not accept:
         raise UserError(f"{line}: not installed; with --accept_counts it is")
     warnings.warn(line, stacklevel=2)
