@@ -7,9 +7,11 @@ import re
 import warnings
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 import yaml
+from PIL import Image
 
 from vision_peft.cli import main
 from vision_peft.commands.run import RunCLI, make_cli
@@ -65,13 +67,15 @@ def test_how_many_there_are():
     kinds = [kind(name) for name in FILES]
     assert {each: kinds.count(each) for each in set(kinds)} == {
         "quickstart": 1,
-        "task": 6,
+        "task": 9,
         "method": len(method_names()) + 2,
         "trainer": 5,
         "set": 14,
         "baseline": 5,
         "sequence": 3,
         "retention": 2,
+        "segmentation": 11,
+        "recipe": 5,
     }
     assert {Path(name).stem for name in METHODS} == {*method_names(), "none", "probe"}
     assert not list(CONFIGS.rglob("*.yml"))
@@ -81,13 +85,13 @@ def test_how_many_there_are():
 def test_header_says_what_how_and_then_comes_something(name):
     lines = FILES[name].read_text().splitlines()
     header = [line.removeprefix("#").strip() for line in lines[: next(i for i, line in enumerate(lines) if not line.startswith("#"))]]
-    starts = tuple(f"vision-peft {command}" for command in ("fit", "compare", "table", "continual")) + ("torchrun",)
+    starts = tuple(f"vision-peft {command}" for command in ("fit", "compare", "table", "continual", "data")) + ("torchrun",)
     commands = [i for i, line in enumerate(header) if line.startswith(starts)]
     assert commands, "no command"
     assert len(header[0]) > 20, "the first line should say what the file is for"
     assert not header[0].startswith("vision-peft")
     assert yaml.safe_load(FILES[name].read_text()), "nothing after the header"
-    for i in commands:  # the files a command names exist, its own among them
+    for i in (i for i in commands if "vision-peft data" not in header[i] and "vision-peft test" not in header[i]):  # the files a command names exist, its own among them
         named = [path for path in re.findall(r"configs/[\w/]+\.yaml", header[i]) if "NAME" not in path]
         assert f"configs/{name}" in named
         assert all((CONFIGS.parent / path).is_file() for path in named)
@@ -199,6 +203,55 @@ def test_retention_names_sets_that_read_as_they_are_called(name, monkeypatch):
     for called, data in callback["init_args"]["sets"].items():
         assert called in str(data["init_args"]["source"]["init_args"])
         assert data["init_args"]["template"] == "a photo of a {}."
+
+
+# ---- segmentation ----
+
+
+@pytest.fixture
+def pictures(tmp_path, monkeypatch) -> Path:
+    """Four pictures with masks under the names that the segmentation tasks read."""
+    monkeypatch.setenv("VISION_PEFT_DATA", str(tmp_path))
+    for name, column in (("drive", "mask"), ("nuclei", "instances")):
+        (tmp_path / name).mkdir()
+        rows = [f"image,{column},split"]
+        for i, split in enumerate(("train", "train", "val", "test")):
+            mask = np.zeros((40, 50), np.uint8)
+            mask[5:25, 4 + i : 30] = 1
+            Image.fromarray(np.full((40, 50, 3), 60 * i, np.uint8)).save(tmp_path / name / f"{i}.png")
+            Image.fromarray(mask).save(tmp_path / name / f"{i}_mask.png")
+            rows.append(f"{i}.png,{i}_mask.png,{split}")
+        (tmp_path / name / "split.csv").write_text("\n".join(rows) + "\n")
+    return tmp_path
+
+
+SEGMENT = "--trainer.max_steps 2 --trainer.accelerator cpu --trainer.enable_progress_bar false --data.batch_size 2".split()
+SMALL_VIT = "--model.backbone.name vit_small_patch16_224 --model.backbone.image_size 32 --model.backbone.pretrained false".split()
+
+
+@pytest.mark.parametrize("name", [name for name in FILES if kind(name) == "segmentation"])
+def test_segmentation_row_runs(name, pictures, tmp_path):
+    backbone = ["--model.backbone.image_size", "32"] if name.endswith("unet.yaml") else SMALL_VIT  # as wide as the encoder of the table
+    words = ["--config", str(FILES["task/segment_drive.yaml"]), "--config", str(FILES[name]), *SEGMENT, "--data.patch", "32"]
+    finished(cli := run(tmp_path / "run", *words, *backbone), tmp_path / "run")
+    given = (yaml.safe_load(FILES[name].read_text())["adapter"].get("method") or {"class_path": "Full"})["class_path"]
+    assert type(cli.adapter.adapters.method).__name__ == given
+    assert (tmp_path / "run" / "adapter").is_dir()
+
+
+@pytest.mark.parametrize("name", [name for name in FILES if name.startswith("task/segment_")])
+def test_segmentation_task_runs(name, pictures, tmp_path):
+    small = SMALL_VIT if "drive" in name else "--model.backbone.name resnet18 --model.backbone.image_size 64 --model.backbone.pretrained false".split()
+    small += ["--adapter.targets", "[vision.layer1.*]"] if "nuclei" in name else ["--data.patch", "32"]
+    finished(run(tmp_path / "run", "--config", str(FILES[name]), *SEGMENT, *small), tmp_path / "run")
+
+
+@pytest.mark.parametrize("name", [name for name in FILES if kind(name) == "recipe"])
+def test_recipe_parses(name, monkeypatch):
+    config = parse(monkeypatch, "--config", str(FILES[name]))
+    assert config["data"]["init_args"]["file"].split("/")[0] == Path(name).stem.removeprefix("salt_")
+    assert config["model"]["init_args"]["backbone"]["init_args"]["compat"] == "salt"
+    assert config["adapter"]["method"]["init_args"]["ranks"] == {"*attn*": 760, "*mlp*": 50, "*neck*": 250}
 
 
 # ---- sequences ----

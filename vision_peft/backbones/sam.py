@@ -41,6 +41,7 @@ class Sam(SegmentationBackbone):
         levels: depths of a timm encoder whose features are joined, as its forward_intermediates counts; null: three spread over a
             transformer, strides 8 and 16 of a convolutional network.
         depth: blocks of a timm transformer that are kept; null: all.
+        pretrained: False starts a timm encoder from random weights.
         gradient_checkpointing: recompute each block of SAM's encoder in the backward pass: less memory, a third more time.
 
     Raises:
@@ -59,13 +60,15 @@ class Sam(SegmentationBackbone):
         compat: Literal["sam", "salt"] = "sam",
         levels: list[int] | None = None,
         depth: int | None = None,
+        pretrained: bool = True,
         gradient_checkpointing: bool = False,
     ) -> None:
         super().__init__()
         self.name, self.image_size, self.checkpoint, self.classes = name, image_size, checkpoint, classes
-        self.compat, self.depth, self.gradient_checkpointing = compat, depth, gradient_checkpointing
+        self.compat, self.depth, self.pretrained, self.gradient_checkpointing = compat, depth, pretrained, gradient_checkpointing
         self._check(levels)
-        timm_encoder = None if name in SHAPES else Vit(name, image_size=image_size, depth=_depth(name, depth))
+        options = {"image_size": image_size, "depth": _depth(name, depth), "pretrained": pretrained}
+        timm_encoder = None if name in SHAPES else Vit(name, **options)
         object.__setattr__(self, "_vit", timm_encoder)  # not a child: its network becomes a part of this one's
         self.levels = self._chosen(levels) if self._vit is not None else None
         self._loaded = False
