@@ -1,6 +1,6 @@
 """docs/results_clip.md: the few-shot protocol and its baselines, and retention, on the offline vision-language model.
 
-    python scripts/table_clip.py TABLE_FOLDER RETENTION_FOLDER     # of the two `vision-peft table` commands that the page names
+    python scripts/table_clip.py TABLE_FOLDER RETENTION_FOLDER HIGH_FOLDER     # of the `vision-peft table` commands that the page names
     python scripts/table_clip.py                                   # from the rows in docs/rows/
 
 rows.csv of each is copied to docs/rows/. A difference to LoRA counts as seen where it is larger than two standard errors of the mean of the
@@ -21,7 +21,7 @@ from typing import Any
 from vision_peft.report.fewshot_table import write_table
 
 HEAD, PAGE = Path("scripts/results_clip_head.md"), Path("docs/results_clip.md")
-ROWS = {"table": Path("docs/rows/clip.csv"), "retention": Path("docs/rows/clip_retention.csv")}
+ROWS = {name: Path(f"docs/rows/{file}.csv") for name, file in (("table", "clip"), ("retention", "clip_retention"), ("high", "clip_retention_high"))}
 PAPERS = {
     "comp_lora": "about 1 point more few-shot accuracy and 1.3 more retention than LoRA",
     "block_lora": "LoRA's accuracy with fewer trained numbers and at less cost",
@@ -50,15 +50,14 @@ def tables(name: str) -> str:
         return write_table(rows, Path(folder), "test/accuracy", len(rows)).rpartition("\ntable: ")[0]
 
 
-def statements() -> str:
+def statements(name: str = "retention") -> str:
     """A line a method: few-shot accuracy, retention and cost against LoRA's in the same (set, seed)."""
-    rows = [row for row in read("retention") if "error" not in row]
+    rows = [row for row in read(name) if "error" not in row]
     lora = {(row["set"], row["seed"]): row for row in rows if row["method"] == "lora"}
     lines = []
     for method, claim in PAPERS.items():
         own = [row for row in rows if row["method"] == method and (row["set"], row["seed"]) in lora]
         if len(own) < 2:
-            lines.append(f"- **{method}**: not measured yet ({claim}).")
             continue
 
         def difference(value: Callable[[dict[str, Any]], float], own: list[dict[str, Any]] = own) -> str:
@@ -79,11 +78,17 @@ def statements() -> str:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("folders", nargs="*", type=Path, help="of the table and of the retention runs")
+    parser.add_argument("folders", nargs="*", type=Path, help="of the table and of the two retention runs")
     for folder, rows in zip(parser.parse_args().folders, ROWS.values()):
         shutil.copy(folder / "rows.csv", rows)
     text = HEAD.read_text()
-    for mark, part in (("{table}", tables("table")), ("{retention}", tables("retention")), ("{statements}", statements())):
+    for mark, part in (
+        ("{table}", tables("table")),
+        ("{retention}", tables("retention")),
+        ("{statements}", statements()),
+        ("{high}", tables("high")),
+        ("{high_statements}", statements("high")),
+    ):
         text = text.replace(mark, part.strip())
     PAGE.write_text(text)
 
