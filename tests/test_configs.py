@@ -91,7 +91,8 @@ def test_header_says_what_how_and_then_comes_something(name):
     assert len(header[0]) > 20, "the first line should say what the file is for"
     assert not header[0].startswith("vision-peft")
     assert yaml.safe_load(FILES[name].read_text()), "nothing after the header"
-    for i in (i for i in commands if "vision-peft data" not in header[i] and "vision-peft test" not in header[i]):  # the files a command names exist, its own among them
+    trains = [i for i in commands if not header[i].startswith(("vision-peft data", "vision-peft test"))]
+    for i in trains:  # the files a command names exist, its own among them
         named = [path for path in re.findall(r"configs/[\w/]+\.yaml", header[i]) if "NAME" not in path]
         assert f"configs/{name}" in named
         assert all((CONFIGS.parent / path).is_file() for path in named)
@@ -225,8 +226,8 @@ def pictures(tmp_path, monkeypatch) -> Path:
     return tmp_path
 
 
-SEGMENT = "--trainer.max_steps 2 --trainer.accelerator cpu --trainer.enable_progress_bar false --data.batch_size 2".split()
-SMALL_VIT = "--model.backbone.name vit_small_patch16_224 --model.backbone.image_size 32 --model.backbone.pretrained false".split()
+SEGMENT = ["--trainer.max_steps", "2", "--trainer.accelerator", "cpu", "--trainer.enable_progress_bar", "false", "--data.batch_size", "2"]
+SMALL_VIT = ["--model.backbone.name", "vit_small_patch16_224", "--model.backbone.image_size", "32", "--model.backbone.pretrained", "false"]
 
 
 @pytest.mark.parametrize("name", [name for name in FILES if kind(name) == "segmentation"])
@@ -241,8 +242,9 @@ def test_segmentation_row_runs(name, pictures, tmp_path):
 
 @pytest.mark.parametrize("name", [name for name in FILES if name.startswith("task/segment_")])
 def test_segmentation_task_runs(name, pictures, tmp_path):
-    small = SMALL_VIT if "drive" in name else "--model.backbone.name resnet18 --model.backbone.image_size 64 --model.backbone.pretrained false".split()
-    small += ["--adapter.targets", "[vision.layer1.*]"] if "nuclei" in name else ["--data.patch", "32"]
+    convolutional = ["--model.backbone.name", "resnet18", "--model.backbone.image_size", "64", "--model.backbone.pretrained", "false"]
+    patches = [*SMALL_VIT, "--data.patch", "32"]
+    small = patches if "drive" in name else [*convolutional, "--adapter.targets", "[vision.layer1.*]"]
     finished(run(tmp_path / "run", "--config", str(FILES[name]), *SEGMENT, *small), tmp_path / "run")
 
 

@@ -131,6 +131,15 @@ def test_semantic_head_has_a_mask_a_class_and_the_background():
         assert sum(parameter.numel() for parameter in decoder.parameters()) == expected
 
 
+def test_keys_are_those_of_segment_anythings_own_checkpoints():
+    from segment_anything import sam_model_registry
+
+    with torch.device("meta"):
+        stock = sam_model_registry["vit_b"]()
+    network = Sam("vit_b", image_size=1024).network
+    assert {key: value.shape for key, value in network.state_dict().items()} == {key: v.shape for key, v in stock.state_dict().items()}
+
+
 # ---- counts of the papers ----
 
 

@@ -23,7 +23,8 @@ def encoded(kind: str, mask: bool = False) -> bytes:
     values = (RNG.random((12, 16)) < 0.3).astype(np.uint8) * 255 if mask else RNG.integers(0, 255, (12, 16, 3), dtype=np.uint8)
     stream = io.BytesIO()
     picture = Image.fromarray(values)
-    (picture.convert("L") if kind == "pgm" else picture).save(stream, {"tif": "TIFF", "jpg": "JPEG", "pgm": "PPM", "ppm": "PPM"}.get(kind, kind))
+    form = {"tif": "TIFF", "jpg": "JPEG", "pgm": "PPM", "ppm": "PPM"}.get(kind, kind)
+    (picture.convert("L") if kind == "pgm" else picture).save(stream, form)
     return stream.getvalue()
 
 
@@ -84,11 +85,13 @@ def dias() -> dict[str, bytes]:
 
 
 def xray_angio() -> dict[str, bytes]:
-    return {f"Database/{i}.pgm": encoded("pgm") for i in range(1, 135)} | {f"Database/{i}_gt.pgm": encoded("pgm", mask=True) for i in range(1, 135)}
+    pictures = {f"Database/{i}.pgm": encoded("pgm") for i in range(1, 135)}
+    return pictures | {f"Database/{i}_gt.pgm": encoded("pgm", mask=True) for i in range(1, 135)}
 
 
-SETS = {"drive": (drive, 20, 20), "stare": (stare, 16, 4), "chase_db1": (chase_db1, 20, 8), "rose": (rose, 90, 27), "arcade": (arcade, 1000, 300),
-        "dias": (dias, 30, 20), "xray_angio": (xray_angio, 100, 34)}  # fmt: skip
+MAKERS = {make.__name__: make for make in (drive, stare, chase_db1, rose, arcade, dias, xray_angio)}
+COUNTS = {"drive": (20, 20), "stare": (16, 4), "chase_db1": (20, 8), "rose": (90, 27), "arcade": (1000, 300), "dias": (30, 20)}
+COUNTS["xray_angio"] = (100, 34)
 
 
 def packed(path: Path, files: dict[str, bytes]) -> Path:
@@ -98,17 +101,18 @@ def packed(path: Path, files: dict[str, bytes]) -> Path:
     return path
 
 
-@pytest.mark.parametrize("name", SETS)
+@pytest.mark.parametrize("name", MAKERS)
 def test_a_vessel_set_is_prepared_and_read(name, tmp_path, monkeypatch, capsys):
-    make, train, test = SETS[name]
+    train, test = COUNTS[name]
     monkeypatch.setenv("VISION_PEFT_DATA", str(tmp_path / "sets"))
-    archive = packed(tmp_path / f"{name}.zip", make())
+    archive = packed(tmp_path / f"{name}.zip", MAKERS[name]())
     assert main(["data", "prepare", name, "--archive", str(archive)]) == 0, capsys.readouterr().err
     assert "the counts are those recalled from the set's own description" in capsys.readouterr().out
     data = SegmentationImages(f"{name}/split.csv", augment="none", intensity="minmax", batch_size=2)
     data.preprocess = Preprocess(32, (0.0,) * 3, (1.0,) * 3)
     kept = {split: records[:3] for split, records in data.splits.items()}
-    assert len(data.splits["test"]) == test and len(data.splits["train"]) + (0 if name in ("arcade", "dias") else len(data.splits["val"])) == train
+    held_out = 0 if name in ("arcade", "dias") else len(data.splits["val"])  # the others have no val of their own
+    assert len(data.splits["test"]) == test and len(data.splits["train"]) + held_out == train
     data.splits = kept
     data.setup("fit")
     batch = next(iter(data.train_dataloader()))

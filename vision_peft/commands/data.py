@@ -1,4 +1,4 @@
-"""`vision-peft data`: the known sets of few-shot classification and of vessel segmentation, from the archives that their authors publish to the layouts that are read here.
+"""`vision-peft data`: known sets of few-shot classification and vessels, from their published archives to the layouts that are read here.
 
 Archives are fetched by hand (datasets/README.md says from where), unpacked and counted by `prepare`; `list` tells what there is.
 

@@ -99,7 +99,7 @@ class ArcadePictures(Placement):
         for member in members:
             match = re.fullmatch(r"(?:.*/)?syntax/(train|val|test)/(images/(\d+)\.png|annotations/\w+\.json)", member)
             if match:
-                split, inner, number = match.groups()
+                split, number = match[1], match[3]
                 placed[f"images/{split}_{number}.png" if number else f"{split}.json"] = member
         if not {"train.json", "val.json", "test.json"} <= placed.keys():
             raise UserError(f"no syntax/{{train,val,test}}/annotations/*.json in the archives: the set comes as {self.archives}")
@@ -130,7 +130,7 @@ class ArcadePictures(Placement):
 
 
 class SequencePictures(MaskPictures):
-    """DIAS: the frames of a sequence share one mask; the picture is their darkest value at each pixel, where contrast passed at any time."""
+    """DIAS: the frames of a sequence share one mask; the picture is the darkest they are at each pixel, where contrast ever passed."""
 
     def place(self, members: Iterable[str], texts: Mapping[str, Text]) -> dict[str, str]:
         placed, members = {}, list(members)

@@ -50,7 +50,8 @@ class Placement(ABC):
         """
 
     def finish(self, folder: Path) -> None:
-        """What remains to be done in the unpacked set's folder; nothing for most sets."""
+        """What remains to be done in the unpacked set's folder; for most sets nothing."""
+        return None
 
     def _by_name(self, names: list[str], images: str, members: Iterable[str], origin: str) -> dict[str, str]:
         """The members whose paths end in one of `names`, which go below `images`; those in a folder of that name come first."""

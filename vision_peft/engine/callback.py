@@ -82,7 +82,8 @@ class AdapterCallback(pl.Callback):
                 rank_zero_info(f"{method!r}\n{table(adapters.sites, method, collapse=True)}")
             else:
                 adapters.label = f"{name}/"
-                rank_zero_info(f"trained whole beside it: {len(adapters.sites)} tensors, {adapters.num_trainable():,} numbers ({self.train})")
+                numbers = adapters.num_trainable()
+                rank_zero_info(f"trained whole beside it: {len(adapters.sites)} tensors, {numbers:,} numbers ({self.train})")
             if name == "trained" or self.method is None:
                 adapters.lr = self.train_lr
             task.add_part("adapters" if name == "default" else name, adapters)

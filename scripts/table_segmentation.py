@@ -1,0 +1,85 @@
+"""docs/results_segmentation.md: vessels of DRIVE by every adapter of SALT's table, and what nuclei give, from the rows of the runs.
+
+    python scripts/table_segmentation.py DRIVE_FOLDER NUCLEI_FOLDER     # of the `vision-peft compare` commands that the page names
+    python scripts/table_segmentation.py                                # from the rows in docs/rows/
+
+A difference to LoRA counts as seen where it is larger than two standard errors of the mean of the differences within a seed.
+"""
+
+from __future__ import annotations
+
+import argparse
+import csv
+import shutil
+import statistics
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+HEAD, PAGE = Path("scripts/results_segmentation_head.md"), Path("docs/results_segmentation.md")
+ROWS = {"drive": Path("docs/rows/segmentation_drive.csv"), "nuclei": Path("docs/rows/segmentation_nuclei.csv")}
+STEPS_AN_EPOCH = {"drive": 20, "nuclei": 24}  # items over the batch size
+STEPS = 150
+COLUMNS = ("dice_image", "dice_pooled", "auc", "cldice", "hd95_pooled", "hd95_max")
+
+
+def read(name: str) -> list[dict[str, Any]]:
+    rows = []
+    for row in csv.DictReader(ROWS[name].read_text().splitlines()):
+        if row["phase"] == "report":
+            rows.append({key: value if key in ("method", "phase", "error") else float(value) for key, value in row.items() if value != ""})
+    return rows
+
+
+def table(name: str) -> str:
+    """A row a method, best Dice first: mean and standard deviation over seeds."""
+    rows = [row for row in read(name) if "error" not in row]
+    methods = {method: [row for row in rows if row["method"] == method] for method in dict.fromkeys(row["method"] for row in rows)}
+    ordered = sorted(methods, key=lambda method: -statistics.mean(row["test/dice_image"] for row in methods[method]))
+    names = [*COLUMNS, "seeds", "trained", "s an epoch", "MiB"]
+    lines = [f"| method | {' | '.join(names)} |", f"| --- |{' ---: |' * len(names)}"]
+    for method in ordered:
+        own = methods[method]
+        cells = [_spread([row[f"test/{column}"] for row in own], 1 if column.startswith("hd95") else 3) for column in COLUMNS]
+        seconds = statistics.median(row["seconds"] for row in own) * STEPS_AN_EPOCH[name] / STEPS
+        cells += [str(len(own)), f"{own[0]['trainable']:,.0f}", f"{seconds:.0f}", f"{statistics.median(row['mib'] for row in own):.0f}"]
+        lines.append(f"| {method} | {' | '.join(cells)} |")
+    failed = [f"failed: {row['method']}, seed {row['seed']:g}: {row['error']}" for row in read(name) if "error" in row]
+    return "\n".join([*lines, *failed])
+
+
+def _spread(values: Sequence[float], digits: int) -> str:
+    mean = f"{statistics.mean(values):.{digits}f}"
+    return f"{mean} ± {statistics.stdev(values):.{digits}f}" if len(values) > 1 else mean
+
+
+def against(method: str, other: str) -> str:
+    """Difference of Dice in points over the seeds that both have."""
+    rows = {(row["method"], row["seed"]): row["test/dice_image"] for row in read("drive") if "error" not in row}
+    seeds = sorted(seed for name, seed in rows if name == method and (other, seed) in rows)
+    each = [100 * (rows[method, seed] - rows[other, seed]) for seed in seeds]
+    if len(each) < 2:
+        return "not measured"
+    mean, error = statistics.mean(each), statistics.stdev(each) / len(each) ** 0.5
+    return f"{mean:+.1f} ± {error:.1f} points of Dice over {len(each)} seeds ({'seen' if abs(mean) > 2 * error else 'not seen'})"
+
+
+def statements() -> str:
+    pairs = [("salt_q256", "lora_r256"), ("salt_q256", "lora_r4"), ("salt_q4", "lora_r4"), ("salt_q256", "s_sam"), ("salt_q4", "s_sam")]
+    pairs += [("lora_r4", "decoder_only"), ("full", "lora_r4"), ("lora_r4", "unet")]
+    return "\n".join(f"- {method} against {other}: {against(method, other)}." for method, other in pairs)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("folders", nargs="*", type=Path)
+    for folder, rows in zip(parser.parse_args().folders, ROWS.values()):
+        shutil.copy(folder / "trials.csv", rows)
+    text = HEAD.read_text()
+    for mark, part in (("{drive}", table("drive")), ("{nuclei}", table("nuclei")), ("{statements}", statements())):
+        text = text.replace(mark, part)
+    PAGE.write_text(text)
+
+
+if __name__ == "__main__":
+    main()
