@@ -12,7 +12,7 @@ from torch import nn
 from vision_peft.adapters.full import Full
 from vision_peft.adapters.lora import LoRA
 from vision_peft.adapters.salt import SALT
-from vision_peft.backbones import Sam
+from vision_peft.backbones import Sam, sam_attention
 from vision_peft.backbones.sam_attention import FoldedAttention
 from vision_peft.backbones.segmentation import Prompts
 from vision_peft.engine.adapter import find_method
@@ -68,6 +68,18 @@ def test_folded_attention_is_exact_on_the_memory_saving_path_too():
     expected = stock(x)
     stock.__class__ = FoldedAttention
     torch.testing.assert_close(stock(x), expected, atol=8e-7, rtol=1e-5)
+
+
+def test_every_path_of_attention_gives_the_same_output_and_gradients():
+    found = []
+    for path in (sam_attention._products, sam_attention._in_pieces, sam_attention._by_kernel):
+        torch.manual_seed(0)
+        q, k, v = (torch.randn(1, 2, 1100, width, requires_grad=True) for width in (12, 12, 8))
+        out = path(0.3 * q, k, v)
+        found.append((out, *torch.autograd.grad(out.square().sum(), (q, k, v))))
+    for other in found[1:]:
+        for tensor, expected in zip(other, found[0]):
+            torch.testing.assert_close(tensor, expected, atol=2e-5, rtol=1e-4)
 
 
 @torch.no_grad()

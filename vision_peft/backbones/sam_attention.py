@@ -13,9 +13,11 @@ import torch
 import torch.nn.functional as F
 from segment_anything.modeling.image_encoder import Attention, get_rel_pos
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 from vision_peft.engine.attention import LONGEST
 
+PIECE = 512  # queries
 
 class FoldedAttention(Attention):
     """An instance of segment-anything's attention becomes one by its `__class__`; same parameters, same function."""
@@ -50,9 +52,22 @@ def _places(H: int, W: int, like: Tensor) -> Tensor:
 
 
 def _attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-    """softmax(q k^T) v, scaled already; the kernel that never holds the scores is taken for long sequences only (see dot_product)."""
-    if q.device.type == "cpu" and q.shape[-2] <= LONGEST:
-        return (q @ k.mT).softmax(-1) @ v
-    width = q.shape[-1]
-    padded = F.pad(v, (0, width - v.shape[-1]))  # the kernels want q, k and v of one width
+    """softmax(q k^T) v, scaled already. Long sequences go a way that never holds all scores: torch's kernel, or pieces."""
+    on_cpu, length = q.device.type == "cpu", q.shape[-2]
+    if on_cpu and length <= LONGEST:
+        return _products(q, k, v)
+    return _in_pieces(q, k, v) if on_cpu and q.dtype == torch.bfloat16 else _by_kernel(q, k, v)
+
+
+def _products(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    return (q @ k.mT).softmax(-1) @ v
+
+
+def _in_pieces(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    """Queries PIECE at a time, whose scores are computed anew in the backward pass: on CPUs in bfloat16 half the kernel's time."""
+    return torch.cat([checkpoint(_products, piece, k, v, use_reentrant=False) for piece in q.split(PIECE, -2)], -2)
+
+
+def _by_kernel(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    padded = F.pad(v, (0, q.shape[-1] - v.shape[-1]))  # the kernels want q, k and v of one width
     return F.scaled_dot_product_attention(q, k, padded, scale=1.0)[..., : v.shape[-1]]
