@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import csv
-import math
 from pathlib import Path
 from typing import Any, Literal
 
@@ -12,6 +11,7 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from lightning.pytorch.cli import OptimizerCallable
+from lightning.pytorch.strategies import DDPStrategy
 from torch import Tensor
 from torchmetrics.classification import BinaryAUROC
 
@@ -74,6 +74,10 @@ class PromptableSegmentation(Task):
     # ---- set-up ----
 
     def prepare(self, trainer: pl.Trainer) -> None:
+        strategy = trainer.strategy
+        if isinstance(strategy, DDPStrategy) and not strategy._ddp_kwargs.get("find_unused_parameters"):
+            more = "a promptable decoder has parts that a step does not use (other prompts, other masks)"
+            raise UserError(f"trainer.strategy: set it to ddp_find_unused_parameters_true: {more}")
         trainer.datamodule.preprocess = self.backbone.preprocess
         super().prepare(trainer)
 
@@ -146,7 +150,7 @@ class PromptableSegmentation(Task):
             found = [sliding(case, self._unprompted, self.device, **options) for case in cases]
         else:
             prompts = self.prompting(self._squares(cases), [case.draw for case in cases])
-            found = whole(cases, lambda images: self(images, prompts).logits, self.device)
+            found = whole(cases, self.backbone, lambda embedding: self.backbone.decode(embedding, prompts).logits, self.device)
         return [probabilities(logits) for logits in found]
 
     def _unprompted(self, images: Tensor) -> Tensor:
@@ -176,11 +180,20 @@ class PromptableSegmentation(Task):
             self.point.histograms.clear()
             return
         if self.backbone.classes is None:
-            dice = self.point.choose() if self.point.histograms else math.nan
+            self.point.histograms = self._of_all_processes(self.point.histograms)
+            dice = self.point.choose()
             self.log("val/threshold", self.point.threshold.clone())
         else:
-            dice = mean_scores(self._rows)["dice_image"]
-        self.log("val/dice_image", dice, prog_bar=True, sync_dist=True)
+            dice = mean_scores(self._of_all_processes(self._rows))["dice_image"]
+        self.log("val/dice_image", dice, prog_bar=True)
+
+    def _of_all_processes(self, items: list[Any]) -> list[Any]:
+        """Each process has seen a part of the pictures; all choose by all of them."""
+        if self.trainer.world_size == 1:
+            return items
+        parts: list[Any] = [None] * self.trainer.world_size
+        torch.distributed.all_gather_object(parts, items)
+        return [item for part in parts for item in part]
 
     def on_test_epoch_start(self) -> None:
         self._rows, self._shown = [], []

@@ -12,12 +12,15 @@ from torch import Tensor
 from vision_peft.data.geometry import Frame
 from vision_peft.data.mask_dataset import Case
 
-Network = Callable[[Tensor], Tensor]  # images (B, 3, S, S) -> mask logits (B, K, h, w)
+Network = Callable[[Tensor], Tensor]  # images (B, 3, S, S) -> embedding or mask logits, or one to the other
 
 
-def whole(cases: Sequence[Case], network: Network, device: torch.device) -> list[Tensor]:
-    """Logits (K, H, W) of each case, its picture seen whole."""
-    logits = network(torch.stack([case.image for case in cases]).to(device)).float().cpu()
+def whole(cases: Sequence[Case], encode: Network, decode: Network, device: torch.device) -> list[Tensor]:
+    """Logits (K, H, W) of each case, its picture seen whole; a picture that several cases ask about is encoded once."""
+    pictures = {case.record: case.image for case in cases}
+    places = {record: place for place, record in enumerate(pictures)}
+    embedding = encode(torch.stack([*pictures.values()]).to(device))
+    logits = decode(embedding[[places[case.record] for case in cases]]).float().cpu()
     return [case.frame.restore(each) for case, each in zip(cases, logits)]
 
 

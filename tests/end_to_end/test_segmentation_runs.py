@@ -1,4 +1,4 @@
-"""A segmentation run that is killed inside an epoch and resumed ends with the adapter of one that was left alone, bit for bit."""
+"""Segmentation runs in processes of their own: killed inside an epoch and resumed, and on two processes."""
 
 from __future__ import annotations
 
@@ -20,8 +20,7 @@ CONFIG = {
 }
 
 
-@pytest.mark.parametrize("patch", [None, 24])
-def test_killed_and_resumed_equals_uninterrupted(runner, patch):
+def write_set(runner, **options) -> None:
     rows = ["image,mask,split"]
     for i in range(8):
         mask = np.zeros((30, 40), np.uint8)
@@ -30,8 +29,13 @@ def test_killed_and_resumed_equals_uninterrupted(runner, patch):
         Image.fromarray(mask).save(runner.folder / f"{i}_mask.png")
         rows.append(f"{i}.png,{i}_mask.png,{'val' if i > 5 else 'train'}")
     (runner.folder / "split.csv").write_text("\n".join(rows) + "\n")
-    data = {"file": str(runner.folder / "split.csv"), "batch_size": 2, "patch": patch}  # 3 batches an epoch
+    data = {"file": str(runner.folder / "split.csv"), **options}
     (runner.folder / "seg.yaml").write_text(yaml.safe_dump({**CONFIG, "data": {"class_path": "SegmentationImages", "init_args": data}}))
+
+
+@pytest.mark.parametrize("patch", [None, 24])
+def test_killed_and_resumed_equals_uninterrupted(runner, patch):
+    write_set(runner, batch_size=2, patch=patch)  # 3 batches an epoch
     whole = runner("fit", "--config", "seg.yaml", "--run", "whole")
     assert whole.returncode == 0, whole.stderr
     killer = ["--trainer.callbacks+", "killer.Killer", "--trainer.callbacks.step", "5"]
@@ -43,3 +47,18 @@ def test_killed_and_resumed_equals_uninterrupted(runner, patch):
     assert expected.keys() == found.keys() and any(key.startswith("beside.trained.") for key in expected)
     for key in expected:
         assert torch.equal(expected[key], found[key]), key
+
+
+def test_two_processes_equal_one_and_choose_the_threshold_together(runner):
+    write_set(runner, batch_size=4, augment="none")
+    plain = ["--config", "seg.yaml", "--adapter.method.dropout", "0", "--model.cache", "off"]
+    one = runner("fit", *plain, "--run", "one")
+    assert one.returncode == 0, one.stderr
+    devices = ["--trainer.devices", "2", "--data.batch_size", "2", "--trainer.strategy"]
+    refused = runner("fit", *plain, "--run", "none", *devices, "ddp")
+    assert refused.returncode == 2 and "trainer.strategy: set it to ddp_find_unused_parameters_true" in refused.stderr
+    two = runner("fit", *plain, "--run", "two", *devices, "ddp_find_unused_parameters_true")
+    assert two.returncode == 0, two.stderr
+    expected, found = runner.adapter("one"), runner.adapter("two")
+    assert max(float((expected[key] - found[key]).abs().max()) for key in expected) < 1e-4
+    assert torch.equal(expected["parts.operating_point.threshold"], found["parts.operating_point.threshold"])
