@@ -16,6 +16,11 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from vision_peft.adapters.lora import LoRA
+from vision_peft.adapters.salt import SALT
+from vision_peft.backbones import Sam
+from vision_peft.engine.targets import resolve
+
 HEAD, PAGE = Path("scripts/results_segmentation_head.md"), Path("docs/results_segmentation.md")
 ROWS = {"drive": Path("docs/rows/segmentation_drive.csv"), "nuclei": Path("docs/rows/segmentation_nuclei.csv")}
 STEPS_AN_EPOCH = {"drive": 20, "nuclei": 24}  # items over the batch size
@@ -70,13 +75,37 @@ def statements() -> str:
     return "\n".join(f"- {method} against {other}: {against(method, other)}." for method, other in pairs)
 
 
+def percentages() -> str:
+    """Of SAM ViT-B at 512: the adapters alone; and the paper's share, with norms, positions and text layer trained, and CLIP in the whole."""
+    backbone = Sam("vit_b", image_size=512, compat="salt")
+    sites = backbone.sites()
+    linear = ["vision.*.attn.qkv", "vision.*.attn.out", "vision.*.mlp.*", "neck.{0,2}"]
+    preset = {"*attn*": 760, "*mlp*": 50, "*neck*": 250}
+    whole = sum(parameter.numel() for parameter in backbone.network.parameters())
+    text, clip, common = 512 * 256 + 256 + 2 * 256, 151_277_313, 959_744
+    names = ("trained in adapters", "of SAM, %", "the paper's share, %", "printed there, %")
+    lines = [f"| method | {' | '.join(names)} |", f"| --- |{' ---: |' * len(names)}"]
+    for name, method, printed in (
+        ("SALT q = 4", SALT(ranks=preset, tail_rank=4), "0.46"),
+        ("SALT q = 256", SALT(ranks=preset, tail_rank=256), "3.9"),
+        ("S-SAM", SALT(ratio=1.0), "0.40"),
+        ("LoRA r = 4", LoRA(rank=4), "0.64"),
+        ("LoRA r = 256", LoRA(rank=256), "14.08"),
+    ):
+        own = sum(method.count(site) for site in resolve(linear, sites, method))
+        share = 100 * (own + common) / (whole + clip + text + own)
+        lines.append(f"| {name} | {own:,} | {100 * own / whole:.2f} | {share:.2f} | {printed} |")
+    return "\n".join(lines)
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("folders", nargs="*", type=Path)
     for folder, rows in zip(parser.parse_args().folders, ROWS.values()):
         shutil.copy(folder / "trials.csv", rows)
     text = HEAD.read_text()
-    for mark, part in (("{drive}", table("drive")), ("{nuclei}", table("nuclei")), ("{statements}", statements())):
+    parts = {"drive": table("drive"), "nuclei": table("nuclei"), "statements": statements(), "shares": percentages()}
+    for mark, part in ((f"{{{name}}}", text_of) for name, text_of in parts.items()):
         text = text.replace(mark, part)
     PAGE.write_text(text)
 
