@@ -76,7 +76,7 @@ def statements() -> str:
 
 
 def percentages() -> str:
-    """Of SAM ViT-B at 512: the adapters alone; and the paper's share, with norms, positions and text layer trained, and CLIP in the whole."""
+    """Of SAM ViT-B at 512: the adapters alone; and the paper's share, which counts norms, positions, text layer and CLIP, too."""
     backbone = Sam("vit_b", image_size=512, compat="salt")
     sites = backbone.sites()
     linear = ["vision.*.attn.qkv", "vision.*.attn.out", "vision.*.mlp.*", "neck.{0,2}"]
