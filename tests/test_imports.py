@@ -20,9 +20,10 @@ BELOW: dict[str, set[str]] = {
     "adapters": {"engine", "linalg"},
     "optim": {"engine", "linalg"},
     "backbones": {"engine", "linalg"},
-    "tasks": {"backbones", "optim", "engine", "linalg", "report"},
     "data": {"backbones", "engine", "linalg"},
-    "commands": {"data", "tasks", "report", "backbones", "adapters", "optim", "engine", "linalg"},
+    "tasks": {"data", "backbones", "optim", "engine", "linalg", "report"},  # a task maps its predictions back by what the data say
+    "quality": {"data", "backbones", "engine", "linalg"},
+    "commands": {"quality", "data", "tasks", "report", "backbones", "adapters", "optim", "engine", "linalg"},
     "cli": {"commands"},
 }
 OF_ADAPTERS = {"vision_peft.engine.adapter", "vision_peft.engine.site", "vision_peft.linalg", "vision_peft.errors"}

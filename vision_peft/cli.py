@@ -24,6 +24,7 @@ COMMANDS = {
     "compare": ("compare", "methods x learning rates x seeds on one task, chosen on the val split: table, plot, report"),
     "table": ("table", "sets x shots x seeds x methods at fixed settings: the table of the few-shot papers"),
     "continual": ("continual", "one task after another on the same model: accuracy matrix, forgetting, ranks"),
+    "quality": ("quality", "image quality without a reference: features, a regressor on opinion scores, scores for any picture"),
     "data": ("data", "the known sets: what is there, and preparing one from its public archives"),
 }
 HELP = """usage: vision-peft COMMAND [options]

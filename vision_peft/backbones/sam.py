@@ -6,11 +6,11 @@ from pathlib import Path
 from typing import Any, Literal
 
 import torch
-from lightning.pytorch.utilities import rank_zero_info
 from torch import Tensor
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from vision_peft.backbones.base import Preprocess
+from vision_peft.backbones.offline import announce
 from vision_peft.backbones.sam_checkpoint import load_sam
 from vision_peft.backbones.sam_network import SHAPES, WIDTH, SamEncoder, SamNetwork
 from vision_peft.backbones.sam_sites import name_sam_sites
@@ -97,9 +97,9 @@ class Sam(SegmentationBackbone):
             network = self._create()
         if self.checkpoint is not None:
             options = {"classes": self.classes, "pooled": self.compat == "salt", "own_encoder": self._vit is None}
-            rank_zero_info(f"{self.checkpoint}: {load_sam(network, Path(self.checkpoint), **options)}")
+            announce(f"{self.checkpoint}: {load_sam(network, Path(self.checkpoint), **options)}")
         elif self._vit is None:
-            rank_zero_info(f"backbone {self.name}: no checkpoint is given, so its weights are random")
+            announce(f"backbone {self.name}: no checkpoint is given, so its weights are random")
         self.network = network.requires_grad_(False)
         self._loaded = True
         self.train(self.training)

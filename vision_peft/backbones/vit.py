@@ -47,6 +47,7 @@ class Vit(Backbone):
         weights: local file for a timm name, .safetensors, .pt or .pth (read with weights_only).
         pretrained: False leaves random weights; True without `weights` takes timm's own download for a timm name.
         pool: `avg` mean of the patch tokens, `token` class token, `default` the model's own way.
+        dynamic: a vision transformer resamples its position table at every call, so that images of any multiple of its patches pass.
 
     Raises:
         UserError: unknown name, impossible size, depth or pool, or a weights file that is not there. No weights are read.
@@ -61,12 +62,13 @@ class Vit(Backbone):
         weights: str | None = None,
         pretrained: bool = True,
         pool: Literal["default", "avg", "token"] = "default",
+        dynamic: bool = False,
     ) -> None:
         super().__init__()
         recipe = find_recipe(name)
         _check_arguments(name, image_size, weights, pretrained)
         self.name, self.weights, self.pretrained, self.pool = name, weights, pretrained, pool
-        self.architecture = recipe.architecture
+        self.architecture, self.dynamic = recipe.architecture, dynamic
         self.image_size = recipe.image_size if image_size is None else image_size
         self.depth = recipe.depth if depth is None else depth
         self._loaded = False
@@ -166,6 +168,7 @@ class Vit(Backbone):
         """timm's network, whole, without classifier."""
         fixed = timm.get_pretrained_cfg(self.architecture).fixed_input_size  # False: takes every size, and no img_size argument
         options = {"img_size": self.image_size} if fixed else {}
+        options |= {"dynamic_img_size": True} if fixed and self.dynamic else {}
         return timm.create_model(self.architecture, pretrained=pretrained, num_classes=0, **options)
 
     def _check_shape(self, whole: nn.Module, check_patch: bool) -> None:

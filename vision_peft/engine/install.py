@@ -99,13 +99,20 @@ def attach(
 
 def refuse_shared(taken: Sequence[Site] = (), chosen: Sequence[Site] = ()) -> None:
     """UserError where a tensor (or rows of it) would be in two sets that act at once."""
+    if both := overlap(taken, chosen):
+        raise UserError(f"{both[1].name} is adapted already, as {both[0].name}: a tensor can be in one of the active sets only")
+
+
+def overlap(taken: Sequence[Site], chosen: Sequence[Site]) -> tuple[Site, Site] | None:
+    """The first two sites, one of each, that are (rows of) the same tensor."""
     owners: dict[str, list[Site]] = {}
     for site in taken:
         owners.setdefault(site.path, []).append(site)
     for site in chosen:
         for other in owners.get(site.path, []):
             if site.rows is None or other.rows is None or site.rows == other.rows:
-                raise UserError(f"{site.name} is adapted already, as {other.name}: a tensor can be in one of the active sets only")
+                return other, site
+    return None
 
 
 def _install(installation: Installation, name: str, adapters: AdapterSet, beside: bool = False) -> AdapterSet:

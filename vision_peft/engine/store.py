@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from vision_peft.engine.adapter import find_method
 from vision_peft.engine.adapter_set import AdapterSet
 from vision_peft.engine.fingerprint import fingerprint
-from vision_peft.engine.install import Installation, _find, _install, _known
+from vision_peft.engine.install import Installation, _find, _install, _known, overlap
 from vision_peft.engine.site import Site, enumerate_sites, whole_sites
 from vision_peft.engine.targets import fused_qkv
 from vision_peft.errors import UserError
@@ -40,7 +40,7 @@ def save_adapter(
     extra: Mapping[str, Any] | None = None,
     card: str = "",
 ) -> Path:
-    """Write the adapter set `name` of `network`, the other active sets, and trained `parts` such as a head.
+    """Write the adapter set `name` of `network`, those that act beside it on other tensors, and trained `parts` such as a head.
 
     An existing adapter folder is replaced only when all is written; a folder that holds anything else is left alone (UserError).
 
@@ -56,7 +56,7 @@ def save_adapter(
     adapters = found.sets[name]
     tensors = {f"parts.{part}.{key}": value for part, module in (parts or {}).items() for key, value in module.state_dict().items()}
     tensors |= adapters.state_dict()
-    others = {each: found.sets[each] for each in found.state.mix if each != name}
+    others = _beside(found, name)
     tensors |= {f"beside.{each}.{key}": value for each, other in others.items() for key, value in other.state_dict().items()}
     own = {
         "format": FORMAT,
@@ -76,6 +76,14 @@ def save_adapter(
     return Path(folder)
 
 
+def _beside(found: Installation, name: str) -> dict[str, AdapterSet]:
+    """The other active sets, where `name` is active too; a mix on the same tensors is no such company."""
+    if name not in found.state.mix:
+        return {}
+    others = {each: found.sets[each] for each in found.state.mix if each != name}
+    return {each: other for each, other in others.items() if overlap(found.sets[name].sites, other.sites) is None}
+
+
 def _described(adapters: AdapterSet) -> dict[str, Any]:
     """What a set is made of, JSON-ready; `_restored` makes it again."""
     method = {"name": adapters.method.name, "hyperparameters": adapters.method.hyperparameters()}
@@ -83,15 +91,20 @@ def _described(adapters: AdapterSet) -> dict[str, Any]:
 
 
 @contextmanager
-def staged_folder(folder: str | os.PathLike[str]) -> Iterator[Path]:
+def staged_folder(
+    folder: str | os.PathLike[str], files: frozenset[str] = frozenset({WEIGHTS, CONFIG, CARD}), kind: str = "an adapter folder"
+) -> Iterator[Path]:
     """A new folder beside `folder` to write into, which takes its place, at once and whole, when the block ends without an error.
 
+    Args:
+        files: names that a folder of this kind holds.
+
     Raises:
-        UserError: `folder` exists and holds something that is not an adapter's: it will not be replaced.
+        UserError: `folder` exists and holds something else: it will not be replaced.
     """
     target = Path(folder)
-    if target.exists() and not (target.is_dir() and {each.name for each in target.iterdir()} <= {WEIGHTS, CONFIG, CARD}):
-        raise UserError(f"{target}: exists and is not an adapter folder: choose another one")
+    if target.exists() and not (target.is_dir() and {each.name for each in target.iterdir()} <= files):
+        raise UserError(f"{target}: exists and is not {kind}: choose another one")
     target.parent.mkdir(parents=True, exist_ok=True)
     staging = Path(tempfile.mkdtemp(prefix=f".{target.name}.", dir=target.parent))
     try:

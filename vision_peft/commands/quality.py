@@ -1,0 +1,126 @@
+"""`vision-peft quality`: image quality without a reference, from opinion scores to a score for any picture.
+
+  vision-peft quality extract --scores biq2021/split.csv --experts offline:effnet_lite0 offline:dinov2_vits14 --folder checkpoints/quality
+  vision-peft quality fit --scores biq2021/split.csv --features checkpoints/quality --regressor checkpoints/quality/regressor
+  vision-peft quality score PICTURES... --regressor checkpoints/quality/regressor [--csv scores.csv] [--html sheet.html]
+"""
+
+from __future__ import annotations
+
+import csv
+import statistics
+from pathlib import Path
+
+from vision_peft.commands.columns import columns
+from vision_peft.commands.parser import CommandParser
+from vision_peft.errors import UserError
+
+
+def main(command: str, argv: list[str]) -> None:
+    verbs = {"extract": _extract, "fit": _fit, "score": _score}
+    if argv and argv[0] in verbs:
+        verbs[argv[0]](argv[1:])
+        return
+    parser = CommandParser(command, __doc__, usage="vision-peft quality {extract,fit,score} [options]")
+    parser.add_argument("verb", choices=verbs, help="`vision-peft quality VERB --help` tells its options")
+    parser.parse_args(argv[:1])
+
+
+def _extract(argv: list[str]) -> None:
+    about = "extract: features of pictures by frozen experts, at full and half size; goes on where it was stopped."
+    parser = CommandParser("quality extract", about)
+    source = parser.add_mutually_exclusive_group(required=True)
+    source.add_argument("--scores", help="CSV with path and mos; a relative path starts at VISION_PEFT_DATA")
+    source.add_argument("--images", type=Path, help="a folder of pictures, at any depth")
+    parser.add_argument("--experts", nargs="+", required=True, help="timm or offline: names, in this order")
+    parser.add_argument("--folder", type=Path, required=True, help="where the features go")
+    parser.add_argument("--batch", type=int, default=8, help="pictures of one size at once")
+    given = parser.parse_args(argv)
+    from vision_peft.data.images import list_images
+    from vision_peft.quality.experts import Expert
+    from vision_peft.quality.extraction import extract
+    from vision_peft.quality.opinions import read_opinions
+
+    if given.images is not None and not given.images.is_dir():
+        raise UserError(f"--images: {given.images} is no folder")
+    paths = list_images(given.images) if given.images else [opinion.path for opinion in read_opinions(given.scores, "--scores")]
+    if not paths:
+        raise UserError(f"--images: no picture in {given.images}")
+    found = extract(paths, [Expert(name) for name in given.experts], given.folder, given.batch)
+    print(f"features: {given.folder} ({len(found.paths)} pictures, {found.values.shape[1]} numbers each)")
+
+
+def _fit(argv: list[str]) -> None:
+    about = "fit: ridge regression on opinion scores: medians over ten divisions of the set, then a regressor on all of it."
+    parser = CommandParser("quality fit", about)
+    parser.add_argument("--scores", required=True, help="the CSV that the features were extracted for")
+    parser.add_argument("--features", type=Path, required=True, help="folder of quality extract")
+    parser.add_argument("--regressor", type=Path, help="folder for the regressor on the whole set")
+    parser.add_argument("--divisions", type=int, default=10)
+    parser.add_argument("--lower_is_better", action="store_true", help="the scores are differences (DMOS)")
+    given = parser.parse_args(argv)
+    from vision_peft.quality.extraction import load_extracted
+    from vision_peft.quality.opinions import read_opinions
+    from vision_peft.quality.trial import final, medians, trials
+
+    if given.divisions < 2:
+        raise UserError(f"--divisions: must be at least 2, not {given.divisions}")
+    opinions, extracted = read_opinions(given.scores, "--scores", given.lower_is_better), load_extracted(given.features)
+    places = {path: index for index, path in enumerate(extracted.paths)}
+    missing = [opinion.path for opinion in opinions if str(opinion.path) not in places]
+    if missing:
+        raise UserError(f"{given.features}: holds no features of {missing[0]} ({len(missing)} of {len(opinions)} are missing)")
+    features = extracted.values[[places[str(opinion.path)] for opinion in opinions]]
+    rows = trials(opinions, features, range(given.divisions))
+    names = " + ".join(each["name"] for each in extracted.experts)
+    table = [(name, f"{median:.3f}", f"{spread:.3f}") for name, (median, spread) in medians(rows).items()]
+    print(f"{names}: {len(opinions)} pictures, {given.divisions} divisions 70/10/20")
+    print(columns([("measure", "median", "deviation"), *table]))
+    if given.regressor is not None:
+        scores = [opinion.score for opinion in opinions]
+        alpha = statistics.median_low([row["alpha"] for row in rows])
+        regressor = final(opinions, features, alpha)
+        regressor.facts["experts"] = extracted.experts
+        regressor.facts["scores"] = {"lowest": min(scores), "highest": max(scores), "file": given.scores}
+        regressor.save(given.regressor)
+        print(f"regressor: {given.regressor} (strength {alpha:g})")
+
+
+def _score(argv: list[str]) -> None:
+    about = "score: a score a picture, in the unit of the opinions that the regressor was fitted to; higher is better."
+    parser = CommandParser("quality score", about)
+    parser.add_argument("images", nargs="+", type=Path, help="pictures or folders of them")
+    parser.add_argument("--regressor", type=Path, required=True)
+    parser.add_argument("--csv", type=Path, help="write path,score")
+    parser.add_argument("--html", type=Path, help="write a contact sheet, best first")
+    given = parser.parse_args(argv)
+    from vision_peft.data.images import list_images, load_rgb
+    from vision_peft.data.records import Record
+    from vision_peft.quality.experts import Expert, features
+    from vision_peft.quality.regressor import Regressor
+    from vision_peft.report.contact_sheet import write_contact_sheet
+
+    regressor = Regressor.load(given.regressor)
+    paths = [path for each in given.images for path in (list_images(each) if each.is_dir() else [each])]
+    if not paths:
+        raise UserError(f"{given.images[0]}: no picture in it")
+    experts = [Expert(each["name"]) for each in regressor.facts["experts"]]
+    for expert, wanted in zip(experts, regressor.facts["experts"]):
+        if expert.describe()["fingerprint"] != wanted["fingerprint"]:
+            raise UserError(f"{given.regressor}: was fitted to other weights of {expert.name} (fingerprints differ)")
+    scored = []
+    for path in paths:
+        picture = load_rgb(Record(path, -1))
+        try:
+            score = float(regressor(features(experts, [picture]))[0])
+        except UserError as error:
+            raise UserError(f"{path}: {error}") from error
+        scored.append((path, score))
+        print(f"{score:9.4f}  {path}")
+    if given.csv is not None:
+        with given.csv.open("w", newline="") as file:
+            csv.writer(file).writerows([("path", "score"), *((path, f"{score:.6g}") for path, score in scored)])
+    if given.html is not None:
+        ranked = sorted(scored, key=lambda each: -each[1])
+        write_contact_sheet([(path.name, score, load_rgb(Record(path, -1))) for path, score in ranked], given.html)
+        print(f"contact sheet: {given.html}")
