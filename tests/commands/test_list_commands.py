@@ -47,7 +47,7 @@ def test_an_unknown_method(error_line):
 def test_backbones_without_pattern_are_the_offline_ones(capsys):
     text = out(capsys, "backbones")
     assert text.startswith("name") and "offline:dinov2_vits14" in text and "22.1 M" in text
-    assert "2 backbones" in text and "class_path: vision_peft.backbones.Vit" in text
+    assert "class_path: vision_peft.backbones.Vit" in text and "class_path: vision_peft.backbones.Sam" in text
 
 
 def test_backbones_by_pattern_come_from_timm_and_open_clip(capsys):

@@ -61,7 +61,7 @@ def _unknown_key(argv: list[str], key: str) -> str:
         key = f"{group}.{rest.split('.')[0]}"
         near = close(key, (each for each in keys() if each.startswith(f"{group}.")))
     else:
-        key, near = group, close(group, keys())
+        key, near = group, close(group, {each.partition(".")[0] for each in keys()}) or close(group, keys())
     return f"{place(key.split('.'), argv)}{key}: no such key{near}"
 
 
