@@ -91,7 +91,7 @@ class Study(TrialStore):
         return found
 
     def belongs(self, key: Key) -> bool:
-        return key[1] in self.plan.methods
+        return key[2] in self.plan.rates.get(key[1], ()) and key[3] in self.plan.seeds
 
     def place(self, key: Key) -> Any:
         phase, name, rate, seed = key
