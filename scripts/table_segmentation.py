@@ -63,10 +63,14 @@ def against(method: str, other: str) -> str:
     rows = {(row["method"], row["seed"]): row["test/dice_image"] for row in read("drive") if "error" not in row}
     seeds = sorted(seed for name, seed in rows if name == method and (other, seed) in rows)
     each = [100 * (rows[method, seed] - rows[other, seed]) for seed in seeds]
-    if len(each) < 2:
+    if not each:
         return "not measured"
-    mean, error = statistics.mean(each), statistics.stdev(each) / len(each) ** 0.5
-    return f"{mean:+.1f} ± {error:.1f} points of Dice over {len(each)} seeds ({'seen' if abs(mean) > 2 * error else 'not seen'})"
+    mean = statistics.mean(each)
+    if len(each) == 1:
+        return f"{mean:+.1f} points of Dice, one seed"
+    error = statistics.stdev(each) / len(each) ** 0.5
+    seen = "no difference seen" if abs(mean) <= 2 * error else "seen" if mean > 0 else "the opposite is seen"
+    return f"{mean:+.1f} ± {error:.1f} points of Dice over {len(each)} seeds ({seen})"
 
 
 def statements() -> str:

@@ -1,4 +1,4 @@
-"""extract, fit and score by command, with networks of random weights in the place of pretrained ones."""
+"""extract, fit and score by command."""
 
 from __future__ import annotations
 
@@ -10,29 +10,9 @@ import pytest
 import torch
 from PIL import Image
 
-from vision_peft.backbones.vit import Vit
 from vision_peft.cli import main
 from vision_peft.data.distortions import distort
 from vision_peft.quality import experts
-
-
-@pytest.fixture(autouse=True)
-def _random_networks(monkeypatch):
-    """timm's random weights under one seed, where an expert would fetch pretrained ones."""
-
-    def vit(name: str, **options):
-        backbone = Vit(name, pretrained=False, image_size=64, **options)
-        load = backbone.load
-
-        def seeded() -> None:
-            with torch.random.fork_rng():
-                torch.manual_seed(3)
-                load()
-
-        backbone.load = seeded
-        return backbone
-
-    monkeypatch.setattr(experts, "Vit", vit)
 
 
 @pytest.fixture
@@ -52,14 +32,15 @@ def folder(tmp_path, monkeypatch):
 
 
 def extract(folder, *more: str) -> int:
-    return main(["quality", "extract", "--scores", "scores.csv", "--experts", "resnet18", "test_vit", "--folder", str(folder / "f"), *more])
+    words = ["--scores", "scores.csv", "--experts", "random:resnet18", "random:test_vit", "--folder", str(folder / "f")]
+    return main(["quality", "extract", *words, *more])
 
 
 def test_the_whole_way_from_pictures_to_scores(folder, capsys):
     assert extract(folder) == 0
     assert "24 pictures" in capsys.readouterr().out
     config = json.loads((folder / "f" / "features.json").read_text())
-    assert [each["name"] for each in config["experts"]] == ["resnet18", "test_vit"]
+    assert [each["name"] for each in config["experts"]] == ["random:resnet18", "random:test_vit"]
     fit = ["quality", "fit", "--scores", "scores.csv", "--features", str(folder / "f"), "--divisions", "3"]
     assert main([*fit, "--regressor", str(folder / "r")]) == 0
     said = capsys.readouterr().out
@@ -80,8 +61,8 @@ def test_extraction_is_the_same_twice_and_goes_on_where_it_stopped(folder, monke
     parts[0].unlink()
     (folder / "f" / "features.safetensors").unlink()
     calls = []
-    own = experts.Expert.__call__
-    monkeypatch.setattr(experts.Expert, "__call__", lambda self, images: calls.append(len(images)) or own(self, images))
+    own = experts.Encoder.__call__
+    monkeypatch.setattr(experts.Encoder, "__call__", lambda self, images: calls.append(len(images)) or own(self, images))
     assert extract(folder) == 0
     assert sum(calls) == 12 * 4, "two experts at two sizes, for the pictures of one part"
     assert (folder / "f" / "features.safetensors").read_bytes() == first
@@ -116,4 +97,4 @@ def test_other_weights_are_refused(folder, capsys):
     facts["experts"][0]["fingerprint"] = "0" * 64
     (folder / "r" / "regressor.json").write_text(json.dumps(facts))
     assert main(["quality", "score", str(folder / "0_2.png"), "--regressor", str(folder / "r")]) == 2
-    assert "was fitted to other weights of resnet18" in capsys.readouterr().err
+    assert "was fitted to other weights of random:resnet18" in capsys.readouterr().err

@@ -63,6 +63,14 @@ class Backbone(nn.Module, ABC):
     def describe(self) -> dict[str, Any]:
         """What identifies it in a config and a card: class name, model name, weights, image size."""
 
+    def unfreeze(self) -> None:
+        """Train every weight, and BatchNorm's statistics where there are any: pre-training, not adaptation. After load()."""
+        self.network.requires_grad_(True)
+
+    def param_groups(self, lr: float) -> list[dict[str, Any]]:
+        """Optimizer groups of an unfrozen backbone: biases and norms do not decay, nor does LARS scale their rate."""
+        return decay_groups(self, lr, "backbone")
+
     @property
     def num_blocks(self) -> int:
         """Number of blocks at which the forward pass can be cut (0: it cannot)."""
@@ -82,3 +90,13 @@ class Backbone(nn.Module, ABC):
     def suffix(self, hidden: Tensor, block: int) -> Tensor:
         """Features from the hidden state that enters block number `block`; suffix(prefix(x, k), k) equals forward(x)."""
         raise TypeError(f"{type(self).__name__} has no blocks to cut at")
+
+
+def decay_groups(module: nn.Module, lr: float, name: str) -> list[dict[str, Any]]:
+    """Matrices and kernels in one optimizer group, vectors and numbers, without weight decay, in another."""
+    own = [parameter for parameter in module.parameters() if parameter.requires_grad]
+    flat = [parameter for parameter in own if parameter.ndim <= 1]
+    return [
+        {"params": [parameter for parameter in own if parameter.ndim > 1], "lr": lr, "name": name},
+        {"params": flat, "lr": lr, "name": f"{name}/vectors", "weight_decay": 0.0},
+    ]

@@ -71,7 +71,7 @@ class Vit(Backbone):
         self.architecture, self.dynamic = recipe.architecture, dynamic
         self.image_size = recipe.image_size if image_size is None else image_size
         self.depth = recipe.depth if depth is None else depth
-        self._loaded = False
+        self._loaded = self._whole = False
         self.network, called, self.num_features = self._outline(check_patch=image_size is not None)
         self._cuts = find_cuts(self.network)
         self._sites = name_sites(self.network, called, self._cuts.root_calls if self._cuts else ("forward",))
@@ -125,11 +125,16 @@ class Vit(Backbone):
     def suffix(self, hidden: Tensor, block: int) -> Tensor:
         return self._cuts.suffix(self.network, hidden, block) if self._cuts else super().suffix(hidden, block)
 
+    def unfreeze(self) -> None:
+        super().unfreeze()
+        self._whole = True
+        self.train(self.training)
+
     def train(self, mode: bool = True) -> Vit:
-        """Set the mode of everything but BatchNorm, which stays in eval mode (see the class)."""
+        """Set the mode of everything but BatchNorm, which stays in eval mode (see the class) unless all is trained."""
         super().train(mode)
         for module in self.network.modules():
-            if isinstance(module, _BatchNorm):
+            if isinstance(module, _BatchNorm) and not self._whole:
                 module.eval()
         return self
 

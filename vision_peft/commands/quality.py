@@ -32,12 +32,18 @@ def _extract(argv: list[str]) -> None:
     source = parser.add_mutually_exclusive_group(required=True)
     source.add_argument("--scores", help="CSV with path and mos; a relative path starts at VISION_PEFT_DATA")
     source.add_argument("--images", type=Path, help="a folder of pictures, at any depth")
-    parser.add_argument("--experts", nargs="+", required=True, help="timm or offline: names, in this order")
+    kinds = "timm or offline: names, random:NAME, adapter folders, RUN/encoder folders"
+    parser.add_argument("--experts", nargs="+", required=True, help=f"in this order: {kinds}")
     parser.add_argument("--folder", type=Path, required=True, help="where the features go")
     parser.add_argument("--batch", type=int, default=8, help="pictures of one size at once")
+    parser.add_argument("--tile", type=int, help="pixels: larger pictures pass in tiles of this side (less memory, slightly other numbers)")
     given = parser.parse_args(argv)
+    if given.batch < 1:
+        raise UserError(f"--batch: must be at least 1, not {given.batch}")
+    if given.tile is not None and given.tile < 64:
+        raise UserError(f"--tile: must be at least 64 pixels, not {given.tile}")
     from vision_peft.data.images import list_images
-    from vision_peft.quality.experts import Expert
+    from vision_peft.quality.experts import open_expert
     from vision_peft.quality.extraction import extract
     from vision_peft.quality.opinions import read_opinions
 
@@ -46,7 +52,7 @@ def _extract(argv: list[str]) -> None:
     paths = list_images(given.images) if given.images else [opinion.path for opinion in read_opinions(given.scores, "--scores")]
     if not paths:
         raise UserError(f"--images: no picture in {given.images}")
-    found = extract(paths, [Expert(name) for name in given.experts], given.folder, given.batch)
+    found = extract(paths, [open_expert(name, given.tile) for name in given.experts], given.folder, given.batch)
     print(f"features: {given.folder} ({len(found.paths)} pictures, {found.values.shape[1]} numbers each)")
 
 
@@ -96,7 +102,7 @@ def _score(argv: list[str]) -> None:
     given = parser.parse_args(argv)
     from vision_peft.data.images import list_images, load_rgb
     from vision_peft.data.records import Record
-    from vision_peft.quality.experts import Expert, features
+    from vision_peft.quality.experts import features, open_expert
     from vision_peft.quality.regressor import Regressor
     from vision_peft.report.contact_sheet import write_contact_sheet
 
@@ -104,7 +110,8 @@ def _score(argv: list[str]) -> None:
     paths = [path for each in given.images for path in (list_images(each) if each.is_dir() else [each])]
     if not paths:
         raise UserError(f"{given.images[0]}: no picture in it")
-    experts = [Expert(each["name"]) for each in regressor.facts["experts"]]
+    kept = [str(given.regressor / each["folder"]) if "folder" in each else each["name"] for each in regressor.facts["experts"]]
+    experts = [open_expert(name, each.get("tile")) for name, each in zip(kept, regressor.facts["experts"])]
     for expert, wanted in zip(experts, regressor.facts["experts"]):
         if expert.describe()["fingerprint"] != wanted["fingerprint"]:
             raise UserError(f"{given.regressor}: was fitted to other weights of {expert.name} (fingerprints differ)")

@@ -142,7 +142,7 @@ class AdapterCallback(pl.Callback):
             seed=self.seed,
             backbone=task.backbone.describe(),
             resized=task.backbone.resized,
-            parts={name: part for name, part in task.parts.items() if not isinstance(part, AdapterSet)},
+            parts={name: part for name, part in task.parts.items() if not isinstance(part, AdapterSet) and name not in task.scaffold},
             extra={"targets": self.targets, "metrics": metrics, **task.facts()},
             card=self._card(task, metrics),
         )

@@ -109,8 +109,8 @@ def staged_folder(
     staging = Path(tempfile.mkdtemp(prefix=f".{target.name}.", dir=target.parent))
     try:
         yield staging
-        for file in staging.iterdir():
-            file.chmod(0o644)  # safetensors gives 0600, and an adapter is there to be shared
+        for file in staging.rglob("*"):
+            file.chmod(0o755 if file.is_dir() else 0o644)  # safetensors gives 0600, and an adapter is there to be shared
         staging.chmod(0o755)
         replace_folder(staging, target)
     finally:

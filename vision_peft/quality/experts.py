@@ -8,50 +8,144 @@ Source: Saha, Mishra, Bovik, "Re-IQA: Unsupervised Learning for Image Quality As
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Sequence
+from itertools import pairwise
+from pathlib import Path
+from typing import Any, Protocol
 
 import numpy as np
 import torch
 from PIL import Image
 from torch import Tensor
 
+from vision_peft.backbones import encoder_folder
 from vision_peft.backbones.vit import Vit
+from vision_peft.engine import store
 from vision_peft.engine.fingerprint import fingerprint
+from vision_peft.engine.install import merge
 from vision_peft.errors import UserError
 
 SMALLEST = 32  # pixels of the half-size picture's shorter side
+RANDOM = "random:"
 
 
-class Expert:
-    """One encoder by its timm or `offline:` name, with the mean of a transformer's patch tokens or a convolutional network's own pool.
-
-    Attributes:
-        patch: sides are cut to a multiple of it, in the middle; 1 for convolutional networks.
+class Expert(Protocol):
+    """Attributes:
+        name: what open_expert() was given.
+        width: of a feature.
     """
 
-    def __init__(self, name: str, device: str = "cpu") -> None:
-        backbone = Vit(name)
-        if backbone.is_transformer:
-            backbone = Vit(name, pool="avg", dynamic=True)
-        backbone.load()
-        self.name, self.device = name, device
+    name: str
+    width: int
+
+    def describe(self) -> dict[str, Any]:
+        """`name`, `width` and the `fingerprint` of all numbers that features depend on: what a regressor must be used with."""
+
+    def __call__(self, images: Tensor) -> Tensor:
+        """(B, width) of pictures (B, 3, H, W) in [0, 1]."""
+
+
+class Encoder:
+    """An image encoder as an expert: the mean of a transformer's patch tokens or a convolutional network's own pool.
+
+    Args:
+        mean, std: of its input, which an encoder that was trained on [0, 1] has as 0 and 1.
+        marks: the fingerprint.
+        tile: side in pixels above which a picture passes in tiles, whose features are averaged by area: bounds the memory that a large
+            picture takes, and changes the numbers a little (what lies across a seam is seen by halves).
+    """
+
+    def __init__(
+        self, name: str, backbone: Vit, mean: Sequence[float], std: Sequence[float], marks: str, tile: int | None = None,
+        device: str = "cpu",
+    ) -> None:  # fmt: skip
+        self.name, self.device, self.width, self.marks, self.tile = name, device, backbone.num_features, marks, tile
         self.backbone = backbone.eval().to(device)
         self.patch = backbone.network.patch_embed.patch_size[0] if backbone.is_transformer else 1
-        self.width = backbone.num_features
-        preprocess = backbone.preprocess
-        self.mean, self.std = (torch.tensor(each)[:, None, None] for each in (preprocess.mean, preprocess.std))
+        self.mean, self.std = (torch.tensor(each)[:, None, None] for each in (mean, std))
 
-    def describe(self) -> dict[str, object]:
-        """What a regressor must be used with."""
-        return {"name": self.name, "width": self.width, "fingerprint": fingerprint(self.backbone.network, self.backbone.resized)}
+    def describe(self) -> dict[str, Any]:
+        return {"name": self.name, "width": self.width, "fingerprint": self.marks, "tile": self.tile}
 
     @torch.no_grad()
     def __call__(self, images: Tensor) -> Tensor:
-        """(B, width) of pictures (B, 3, H, W) in [0, 1]."""
-        height, width = (side // self.patch * self.patch for side in images.shape[-2:])
-        top, left = (images.shape[-2] - height) // 2, (images.shape[-1] - width) // 2
-        inside = images[..., top : top + height, left : left + width]
-        return self.backbone(((inside - self.mean) / self.std).to(self.device)).float().cpu()
+        """Sides are cut to a multiple of the patches, in the middle."""
+        rows, columns = (_pieces(length, self.patch, self.tile) for length in images.shape[-2:])
+        found, area = torch.zeros(len(images), self.width), 0
+        for top, bottom in rows:
+            for left, right in columns:
+                piece = (images[..., top:bottom, left:right] - self.mean) / self.std
+                found += self.backbone(piece.to(self.device)).float().cpu() * (bottom - top) * (right - left)
+                area += (bottom - top) * (right - left)
+        return found / area
+
+
+def _pieces(length: int, patch: int, tile: int | None) -> list[tuple[int, int]]:
+    """Beginnings and ends that divide a side, cut to whole patches, as evenly as whole patches allow."""
+    patches = length // patch
+    start = (length - patches * patch) // 2
+    count = 1 if tile is None else -(-length // tile)
+    ends = [start + patch * (patches * index // count) for index in range(count + 1)]
+    return list(pairwise(ends))
+
+
+def open_expert(name: str, tile: int | None = None) -> Expert:
+    """By a timm or `offline:` name, `random:NAME` (its weights drawn at random), an adapter folder, or an encoder's folder.
+
+    Raises:
+        UserError: names what is unknown, missing or does not fit.
+    """
+    folder = Path(name)
+    if (folder / store.CONFIG).is_file():
+        return _adapted(name, folder, tile)
+    if (folder / encoder_folder.CONFIG).is_file():
+        backbone, facts = encoder_folder.load_encoder(folder, dynamic=True)
+        return Encoder(name, backbone, **_input(backbone, facts), marks=_marks(backbone), tile=tile)
+    if folder.is_dir():
+        raise UserError(f"--experts: {folder} holds neither {store.CONFIG} nor {encoder_folder.CONFIG}: no adapter and no encoder")
+    if name.startswith(RANDOM):
+        with torch.random.fork_rng():
+            torch.manual_seed(0)
+            backbone = _whole_pictures(name.removeprefix(RANDOM), pretrained=False)
+    else:
+        backbone = _whole_pictures(name)
+    return Encoder(name, backbone, **_input(backbone, {}), marks=_marks(backbone), tile=tile)
+
+
+def _adapted(name: str, folder: Path, tile: int | None) -> Encoder:
+    config = store.read_config(folder)
+    described = config["backbone"]
+    if described.get("class") != Vit.__name__:
+        raise UserError(f"{folder}: adapts a {described.get('class')}; experts are image encoders (Vit)")
+    arguments = {key: described[key] for key in ("image_size", "depth", "pool", "weights", "pretrained")}
+    backbone = _whole_pictures(described["name"], **arguments)
+    adapters = store.load_adapter(backbone.network, folder, sites=backbone.sites(), resized=backbone.resized)
+    adapters.eval()
+    if adapters.method.merge == "exact":
+        merge(backbone.network)
+    weights = hashlib.sha256((folder / store.WEIGHTS).read_bytes()).hexdigest()
+    marks = hashlib.sha256(f"{described['fingerprint']}{config['method']}{config['seed']}{weights}".encode()).hexdigest()
+    return Encoder(name, backbone, **_input(backbone, config), marks=marks, tile=tile)
+
+
+def _whole_pictures(name: str, **arguments: Any) -> Vit:
+    """Loaded, and fit for pictures of any size; a transformer whose pooling is not said gives the mean of its patch tokens."""
+    backbone = Vit(name, **arguments)
+    if backbone.is_transformer:
+        pool = arguments.get("pool", "avg")
+        backbone = Vit(name, **{**arguments, "pool": pool, "dynamic": True})
+    backbone.load()
+    return backbone
+
+
+def _input(backbone: Vit, facts: dict[str, Any]) -> dict[str, Sequence[float]]:
+    """Mean and std as training had them, or as the pretrained network's."""
+    return facts.get("input") or {"mean": backbone.preprocess.mean, "std": backbone.preprocess.std}
+
+
+def _marks(backbone: Vit) -> str:
+    return fingerprint(backbone.network, backbone.resized)
 
 
 def features(experts: Sequence[Expert], pictures: Sequence[Image.Image]) -> np.ndarray:

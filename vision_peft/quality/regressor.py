@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -17,7 +18,7 @@ from vision_peft.errors import UserError
 from vision_peft.quality.agreement import agreement
 
 ALPHAS = tuple(10.0 ** (power / 4) for power in range(-12, 25))  # 1e-3 to 1e6
-WEIGHTS, CONFIG = "regressor.safetensors", "regressor.json"
+WEIGHTS, CONFIG, EXPERTS = "regressor.safetensors", "regressor.json", "experts"
 FORMAT = 1
 
 
@@ -27,7 +28,8 @@ class Regressor:
 
     Attributes:
         slope: (D,).
-        facts: JSON-ready: the experts that gave the features, the strength, the range of the opinions.
+        facts: JSON-ready: the experts that gave the features, the strength, the range of the opinions. An expert that is a folder is
+            copied into the regressor's, so that this one alone can score.
     """
 
     slope: np.ndarray
@@ -40,9 +42,19 @@ class Regressor:
 
     def save(self, folder: Path) -> None:
         """Write the folder, whole or not at all."""
-        with staged_folder(folder, frozenset({WEIGHTS, CONFIG}), "a regressor's folder") as staging:
+        with staged_folder(folder, frozenset({WEIGHTS, CONFIG, EXPERTS}), "a regressor's folder") as staging:
             save_file({"slope": self.slope, "offset": np.array([self.offset])}, staging / WEIGHTS)
-            (staging / CONFIG).write_text(json.dumps({"format": FORMAT, **self.facts}, indent=2) + "\n")
+            facts = {"format": FORMAT, **self.facts}
+            if EXPERTS in facts:
+                facts[EXPERTS] = [self._kept(expert, staging, index) for index, expert in enumerate(facts[EXPERTS])]
+            (staging / CONFIG).write_text(json.dumps(facts, indent=2) + "\n")
+
+    @staticmethod
+    def _kept(expert: dict[str, Any], staging: Path, index: int) -> dict[str, Any]:
+        if not Path(expert["name"]).is_dir():
+            return expert
+        shutil.copytree(expert["name"], staging / EXPERTS / str(index))
+        return {**expert, "folder": f"{EXPERTS}/{index}"}
 
     @classmethod
     def load(cls, folder: Path) -> Regressor:

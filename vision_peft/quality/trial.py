@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-import statistics
 from collections.abc import Sequence
 
 import numpy as np
 
+from vision_peft.errors import UserError
 from vision_peft.quality.agreement import NAMES, agreement
 from vision_peft.quality.opinions import Opinion, divide
 from vision_peft.quality.regressor import Regressor, choose_alpha, fit
@@ -22,6 +22,9 @@ def trials(
     found = []
     for seed in seeds:
         train, val, test = divide(opinions, shares, seed)
+        if min(len(train), len(val), len(test)) < 3:
+            parts = " / ".join(str(len(part)) for part in (train, val, test))
+            raise UserError(f"{len(opinions)} scores (references are kept together) divide into {parts}: each part needs 3")
         alpha = choose_alpha((features[train], scores[train]), (features[val], scores[val]))
         regressor = fit(features[train + val], scores[train + val], alpha)
         found.append({**agreement(regressor(features[test]), scores[test]), "alpha": alpha, "seed": float(seed)})
@@ -34,5 +37,7 @@ def final(opinions: Sequence[Opinion], features: np.ndarray, alpha: float) -> Re
 
 
 def medians(rows: Sequence[dict[str, float]]) -> dict[str, tuple[float, float]]:
-    """Median and standard deviation over divisions, of each measure."""
-    return {name: (statistics.median(row[name] for row in rows), statistics.stdev(row[name] for row in rows)) for name in NAMES}
+    """Median and standard deviation over divisions, of each measure; divisions in which it could not be computed are left out."""
+    found = {name: np.array([row[name] for row in rows]) for name in NAMES}
+    known = {name: values[np.isfinite(values)] for name, values in found.items()}
+    return {name: (float(np.median(each)), float(each.std(ddof=1))) if len(each) > 1 else (np.nan, np.nan) for name, each in known.items()}

@@ -46,6 +46,7 @@ class Task(pl.LightningModule):
         self.optimizer, self.schedule, self.min_lr = optimizer, schedule, min_lr
         self.warmup_steps, self.head_lr = warmup_steps, head_lr
         self.parts: dict[str, nn.Module] = {}
+        self.scaffold: set[str] = set()
         self.frozen_fingerprint: str | None = None
         self._prepared = False
         self._random_state: dict[str, Any] | None = None
@@ -56,8 +57,9 @@ class Task(pl.LightningModule):
         """Load the backbone and build the parts, once, before anything is put on the backbone."""
         if not self._prepared:
             self.backbone.load()
-            self.frozen_fingerprint = fingerprint(self.backbone.network, self.backbone.resized)
             self.build(trainer.datamodule)
+            if "backbone" not in self.parts:  # else the checkpoint holds all of it
+                self.frozen_fingerprint = fingerprint(self.backbone.network, self.backbone.resized)
             self._prepared = True
 
     def setup(self, stage: str) -> None:
@@ -75,9 +77,14 @@ class Task(pl.LightningModule):
         """JSON-ready facts that an exported adapter should carry, e.g. class names."""
         return {}
 
-    def add_part(self, name: str, part: nn.Module) -> None:
-        """Declare a trained module: optimized, saved in checkpoints under its name, demanded on resume."""
+    def add_part(self, name: str, part: nn.Module, scaffold: bool = False) -> None:
+        """Declare a trained module: optimized, saved in checkpoints under its name, demanded on resume.
+
+        Args:
+            scaffold: needed in training only: not exported with the adapter.
+        """
         self.parts[name] = part
+        self.scaffold |= {name} if scaffold else set()
         self.add_module(name, part)
 
     # ---- optimization ----
