@@ -67,7 +67,7 @@ def test_how_many_there_are():
     kinds = [kind(name) for name in FILES]
     assert {each: kinds.count(each) for each in set(kinds)} == {
         "quickstart": 1,
-        "task": 9,
+        "task": 11,
         "method": len(method_names()) + 2,
         "trainer": 5,
         "set": 14,
@@ -75,7 +75,7 @@ def test_how_many_there_are():
         "sequence": 3,
         "retention": 2,
         "segmentation": 11,
-        "recipe": 5,
+        "recipe": 6,
     }
     assert {Path(name).stem for name in METHODS} == {*method_names(), "none", "probe"}
     assert not list(CONFIGS.rglob("*.yml"))

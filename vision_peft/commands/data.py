@@ -1,4 +1,4 @@
-"""`vision-peft data`: known sets of few-shot classification and vessels, from their published archives to the layouts that are read here.
+"""`vision-peft data`: known sets of few-shot classification, vessels and image quality, from published archives to the layouts read here.
 
 Archives are fetched by hand (datasets/README.md says from where), unpacked and counted by `prepare`; `list` tells what there is.
 

@@ -3,6 +3,7 @@
   vision-peft quality extract --scores biq2021/split.csv --experts offline:effnet_lite0 offline:dinov2_vits14 --folder checkpoints/quality
   vision-peft quality fit --scores biq2021/split.csv --features checkpoints/quality --regressor checkpoints/quality/regressor
   vision-peft quality score PICTURES... --regressor checkpoints/quality/regressor [--csv scores.csv] [--html sheet.html]
+  vision-peft quality sensitivity PICTURES... --regressor checkpoints/quality/regressor     # do scores fall as pictures are spoilt?
 """
 
 from __future__ import annotations
@@ -17,11 +18,11 @@ from vision_peft.errors import UserError
 
 
 def main(command: str, argv: list[str]) -> None:
-    verbs = {"extract": _extract, "fit": _fit, "score": _score}
+    verbs = {"extract": _extract, "fit": _fit, "score": _score, "sensitivity": _sensitivity}
     if argv and argv[0] in verbs:
         verbs[argv[0]](argv[1:])
         return
-    parser = CommandParser(command, __doc__, usage="vision-peft quality {extract,fit,score} [options]")
+    parser = CommandParser(command, __doc__, usage="vision-peft quality {extract,fit,score,sensitivity} [options]")
     parser.add_argument("verb", choices=verbs, help="`vision-peft quality VERB --help` tells its options")
     parser.parse_args(argv[:1])
 
@@ -37,6 +38,7 @@ def _extract(argv: list[str]) -> None:
     parser.add_argument("--folder", type=Path, required=True, help="where the features go")
     parser.add_argument("--batch", type=int, default=8, help="pictures of one size at once")
     parser.add_argument("--tile", type=int, help="pixels: larger pictures pass in tiles of this side (less memory, slightly other numbers)")
+    parser.add_argument("--bf16", action="store_true", help="bfloat16 autocast: faster, features differ by about a hundredth")
     given = parser.parse_args(argv)
     if given.batch < 1:
         raise UserError(f"--batch: must be at least 1, not {given.batch}")
@@ -52,7 +54,7 @@ def _extract(argv: list[str]) -> None:
     paths = list_images(given.images) if given.images else [opinion.path for opinion in read_opinions(given.scores, "--scores")]
     if not paths:
         raise UserError(f"--images: no picture in {given.images}")
-    found = extract(paths, [open_expert(name, given.tile) for name in given.experts], given.folder, given.batch)
+    found = extract(paths, [open_expert(name, given.tile, given.bf16) for name in given.experts], given.folder, given.batch)
     print(f"features: {given.folder} ({len(found.paths)} pictures, {found.values.shape[1]} numbers each)")
 
 
@@ -100,28 +102,18 @@ def _score(argv: list[str]) -> None:
     parser.add_argument("--csv", type=Path, help="write path,score")
     parser.add_argument("--html", type=Path, help="write a contact sheet, best first")
     given = parser.parse_args(argv)
-    from vision_peft.data.images import list_images, load_rgb
+    from vision_peft.data.images import load_rgb
     from vision_peft.data.records import Record
-    from vision_peft.quality.experts import features, open_expert
-    from vision_peft.quality.regressor import Regressor
+    from vision_peft.quality.scorer import Scorer
     from vision_peft.report.contact_sheet import write_contact_sheet
 
-    regressor = Regressor.load(given.regressor)
-    paths = [path for each in given.images for path in (list_images(each) if each.is_dir() else [each])]
-    if not paths:
-        raise UserError(f"{given.images[0]}: no picture in it")
-    kept = [str(given.regressor / each["folder"]) if "folder" in each else each["name"] for each in regressor.facts["experts"]]
-    experts = [open_expert(name, each.get("tile")) for name, each in zip(kept, regressor.facts["experts"])]
-    for expert, wanted in zip(experts, regressor.facts["experts"]):
-        if expert.describe()["fingerprint"] != wanted["fingerprint"]:
-            raise UserError(f"{given.regressor}: was fitted to other weights of {expert.name} (fingerprints differ)")
+    scorer = Scorer(given.regressor)
     scored = []
-    for path in paths:
-        picture = load_rgb(Record(path, -1))
+    for path in _pictures(given.images):
         try:
-            score = float(regressor(features(experts, [picture]))[0])
+            score = float(scorer([load_rgb(Record(path, -1))])[0])
         except UserError as error:
-            raise UserError(f"{path}: {error}") from error
+            raise UserError(str(error) if str(path) in str(error) else f"{path}: {error}") from error
         scored.append((path, score))
         print(f"{score:9.4f}  {path}")
     if given.csv is not None:
@@ -131,3 +123,33 @@ def _score(argv: list[str]) -> None:
         ranked = sorted(scored, key=lambda each: -each[1])
         write_contact_sheet([(path.name, score, load_rgb(Record(path, -1))) for path, score in ranked], given.html)
         print(f"contact sheet: {given.html}")
+
+
+def _sensitivity(argv: list[str]) -> None:
+    about = "sensitivity: scores of clean pictures under every distortion of the bank at levels 1 to 5; how steadily they fall."
+    parser = CommandParser("quality sensitivity", about)
+    parser.add_argument("images", nargs="+", type=Path, help="clean pictures, folders of them, or a CSV with path and split (its val part)")
+    parser.add_argument("--regressor", type=Path, required=True)
+    given = parser.parse_args(argv)
+    from vision_peft.data.images import load_rgb
+    from vision_peft.data.records import Record
+    from vision_peft.quality.scorer import Scorer
+    from vision_peft.quality.sensitivity import sensitivity
+
+    scorer = Scorer(given.regressor)
+    found = sensitivity(scorer, [load_rgb(Record(path, -1)) for path in _pictures(given.images)])
+    rows = [(each.name, *(f"{mean:.3f}" for mean in each.means), "yes" if each.falls else "no", f"{each.spearman:+.2f}") for each in found]
+    print(columns([("distortion", "clean", *(f"level {level}" for level in range(1, 6)), "falls", "spearman"), *rows]))
+    print(f"falls from level to level: {sum(each.falls for each in found)} of {len(found)} distortions")
+
+
+def _pictures(given: list[Path]) -> list[Path]:
+    from vision_peft.data.images import list_images
+    from vision_peft.data.pristine_images import held_out
+
+    paths: list[Path] = []
+    for each in given:
+        paths += held_out(each) if each.suffix == ".csv" else list_images(each) if each.is_dir() else [each]
+    if not paths:
+        raise UserError(f"{given[0]}: no picture in it")
+    return paths

@@ -1,63 +1,19 @@
-"""The known sets, eleven of few-shot classification and seven of vessels: where they are, what they come as, how many they should have."""
+"""The known sets, of few-shot classification, vessels and image quality: where they are, what they come as, how many they should have."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import NamedTuple
 
 from vision_peft.data.coop_split import LAYOUTS, CoopSplit
 from vision_peft.data.fgvc_aircraft import FgvcAircraft
 from vision_peft.data.imagenet import ImageNet
+from vision_peft.data.known_opinions import OPINION_SETS
+from vision_peft.data.known_set import Counts, KnownSet
 from vision_peft.data.mask_placement import ArcadePictures, MaskPictures, Part, SequencePictures
 from vision_peft.data.mask_records import read_mask_csv
 from vision_peft.data.placement import AircraftPictures, CoopPictures, ImageNetPictures, Placement
-from vision_peft.data.source import Source
 from vision_peft.errors import UserError, nearest
-
-
-class Counts(NamedTuple):
-    """Classes, and pictures a split; 0 for a split that a set does not have."""
-
-    classes: int
-    train: int
-    val: int
-    test: int
-
-    def __str__(self) -> str:
-        return f"{self.classes} classes, train {self.train}, val {self.val or 'none'}, test {self.test}"
-
-
-@dataclass(frozen=True)
-class KnownSet:
-    """One set.
-
-    Attributes:
-        name: on the command line and, where it is one of CoOp's nine, in YAML.
-        folders: the spellings of its folder, in the order in which its source looks for them; a new set gets the first.
-        counts: quoted from memory, not counted in the archives.
-        placement: which file of its archives goes where.
-        source: its reader, given the folder.
-        recalled_from: whose the counts are.
-    """
-
-    name: str
-    folders: tuple[str, ...]
-    counts: Counts
-    placement: Placement
-    source: Callable[[str], Source]
-    recalled_from: str = "CoOp's paper"
-
-    def folder(self, root: Path) -> Path:
-        """Where the set is in `root`, or will be."""
-        places = [root / name for name in self.folders]
-        return next((place for place in places if place.exists()), places[0])
-
-    def count(self, folder: Path) -> Counts:
-        """What is in `folder`, read by the set's own source."""
-        splits = self.source(str(folder)).read()
-        return Counts(len(splits.class_names), len(splits.train), len(splits.val), len(splits.test))
 
 
 def _coop(name: str, counts: Counts, archives: str) -> KnownSet:
@@ -138,7 +94,7 @@ _VESSELS = [
     ),
     _masks("xray_angio", (100, 0, 34), MaskPictures("Database_134_Angiograms.zip", Part(None, r"(\d+)\.pgm", r"ID1_gt\.pgm", train=100))),
 ]
-KNOWN_SETS = {known.name: known for known in [*_SETS, *_VESSELS]}
+KNOWN_SETS = {known.name: known for known in [*_SETS, *_VESSELS, *OPINION_SETS]}
 
 
 def known_set(name: str) -> KnownSet:

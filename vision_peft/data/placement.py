@@ -68,7 +68,8 @@ class Placement(ABC):
                     found[wanted[name]].append(member)
         missing = [place for place in wanted.values() if place not in found]
         if missing:
-            some = f"{len(missing)} of its {len(wanted)} pictures are" if found else f"none of its {len(wanted)} pictures is"
+            there = len(wanted) - len(missing)
+            some = f"only {there} of its {len(wanted)} pictures are" if there else f"none of its {len(wanted)} pictures is"
             raise UserError(f"{origin}: {some} in the archives given, e.g. not {missing[0]}; this set comes as {self.archives}")
         return _one_each({place: [each for each in several if each.endswith(f"/{place}")] or several for place, several in found.items()})
 

@@ -140,6 +140,11 @@ class PristineImages(pl.LightningDataModule):
         return (self.trainer.global_rank, self.trainer.world_size) if self.trainer is not None else (0, 1)
 
 
+def held_out(file: Path) -> list[Path]:
+    """The rows of a CSV file that are called val."""
+    return [path for path, split in _listed(str(file)) if split == "val"]
+
+
 def _listed(source: str) -> list[tuple[Path, str]]:
     """Pictures of a folder or a CSV file, with their split, "" where nothing says it."""
     place = existing(source, "data.images")

@@ -54,19 +54,21 @@ class Encoder:
         marks: the fingerprint.
         tile: side in pixels above which a picture passes in tiles, whose features are averaged by area: bounds the memory that a large
             picture takes, and changes the numbers a little (what lies across a seam is seen by halves).
+        bf16: compute under bfloat16 autocast: several times faster on processors that have it, features differ by about a hundredth.
     """
 
     def __init__(
         self, name: str, backbone: Vit, mean: Sequence[float], std: Sequence[float], marks: str, tile: int | None = None,
-        device: str = "cpu",
+        bf16: bool = False, device: str = "cpu",
     ) -> None:  # fmt: skip
-        self.name, self.device, self.width, self.marks, self.tile = name, device, backbone.num_features, marks, tile
+        self.name, self.device, self.width, self.marks = name, device, backbone.num_features, marks
+        self.tile, self.bf16 = tile, bf16
         self.backbone = backbone.eval().to(device)
         self.patch = backbone.network.patch_embed.patch_size[0] if backbone.is_transformer else 1
         self.mean, self.std = (torch.tensor(each)[:, None, None] for each in (mean, std))
 
     def describe(self) -> dict[str, Any]:
-        return {"name": self.name, "width": self.width, "fingerprint": self.marks, "tile": self.tile}
+        return {"name": self.name, "width": self.width, "fingerprint": self.marks, "tile": self.tile, "bf16": self.bf16}
 
     @torch.no_grad()
     def __call__(self, images: Tensor) -> Tensor:
@@ -76,7 +78,8 @@ class Encoder:
         for top, bottom in rows:
             for left, right in columns:
                 piece = (images[..., top:bottom, left:right] - self.mean) / self.std
-                found += self.backbone(piece.to(self.device)).float().cpu() * (bottom - top) * (right - left)
+                with torch.autocast(self.device, torch.bfloat16, enabled=self.bf16):
+                    found += self.backbone(piece.to(self.device)).float().cpu() * (bottom - top) * (right - left)
                 area += (bottom - top) * (right - left)
         return found / area
 
@@ -90,18 +93,19 @@ def _pieces(length: int, patch: int, tile: int | None) -> list[tuple[int, int]]:
     return list(pairwise(ends))
 
 
-def open_expert(name: str, tile: int | None = None) -> Expert:
+def open_expert(name: str, tile: int | None = None, bf16: bool = False) -> Expert:
     """By a timm or `offline:` name, `random:NAME` (its weights drawn at random), an adapter folder, or an encoder's folder.
 
     Raises:
         UserError: names what is unknown, missing or does not fit.
     """
+    options = {"tile": tile, "bf16": bf16}
     folder = Path(name)
     if (folder / store.CONFIG).is_file():
-        return _adapted(name, folder, tile)
+        return _adapted(name, folder, options)
     if (folder / encoder_folder.CONFIG).is_file():
         backbone, facts = encoder_folder.load_encoder(folder, dynamic=True)
-        return Encoder(name, backbone, **_input(backbone, facts), marks=_marks(backbone), tile=tile)
+        return Encoder(name, backbone, **_input(backbone, facts), marks=_marks(backbone), **options)
     if folder.is_dir():
         raise UserError(f"--experts: {folder} holds neither {store.CONFIG} nor {encoder_folder.CONFIG}: no adapter and no encoder")
     if name.startswith(RANDOM):
@@ -110,10 +114,10 @@ def open_expert(name: str, tile: int | None = None) -> Expert:
             backbone = _whole_pictures(name.removeprefix(RANDOM), pretrained=False)
     else:
         backbone = _whole_pictures(name)
-    return Encoder(name, backbone, **_input(backbone, {}), marks=_marks(backbone), tile=tile)
+    return Encoder(name, backbone, **_input(backbone, {}), marks=_marks(backbone), **options)
 
 
-def _adapted(name: str, folder: Path, tile: int | None) -> Encoder:
+def _adapted(name: str, folder: Path, options: dict[str, Any]) -> Encoder:
     config = store.read_config(folder)
     described = config["backbone"]
     if described.get("class") != Vit.__name__:
@@ -126,7 +130,7 @@ def _adapted(name: str, folder: Path, tile: int | None) -> Encoder:
         merge(backbone.network)
     weights = hashlib.sha256((folder / store.WEIGHTS).read_bytes()).hexdigest()
     marks = hashlib.sha256(f"{described['fingerprint']}{config['method']}{config['seed']}{weights}".encode()).hexdigest()
-    return Encoder(name, backbone, **_input(backbone, config), marks=marks, tile=tile)
+    return Encoder(name, backbone, **_input(backbone, config), marks=marks, **options)
 
 
 def _whole_pictures(name: str, **arguments: Any) -> Vit:
