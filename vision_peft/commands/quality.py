@@ -12,6 +12,7 @@ import csv
 import statistics
 from pathlib import Path
 
+from vision_peft.allocator import keep_freed_memory
 from vision_peft.commands.columns import columns
 from vision_peft.commands.parser import CommandParser
 from vision_peft.errors import UserError
@@ -20,6 +21,7 @@ from vision_peft.errors import UserError
 def main(command: str, argv: list[str]) -> None:
     verbs = {"extract": _extract, "fit": _fit, "score": _score, "sensitivity": _sensitivity}
     if argv and argv[0] in verbs:
+        keep_freed_memory()
         verbs[argv[0]](argv[1:])
         return
     parser = CommandParser(command, __doc__, usage="vision-peft quality {extract,fit,score,sensitivity} [options]")
@@ -38,12 +40,11 @@ def _extract(argv: list[str]) -> None:
     parser.add_argument("--folder", type=Path, required=True, help="where the features go")
     parser.add_argument("--batch", type=int, default=8, help="pictures of one size at once")
     parser.add_argument("--tile", type=int, help="pixels: larger pictures pass in tiles of this side (less memory, slightly other numbers)")
-    parser.add_argument("--bf16", action="store_true", help="bfloat16 autocast: faster, features differ by about a hundredth")
+    parser.add_argument("--bf16", action="store_true", help="bfloat16 autocast: faster, features differ by 1 to 6 %%")
     given = parser.parse_args(argv)
     if given.batch < 1:
         raise UserError(f"--batch: must be at least 1, not {given.batch}")
-    if given.tile is not None and given.tile < 64:
-        raise UserError(f"--tile: must be at least 64 pixels, not {given.tile}")
+    _check_tile(given.tile)
     from vision_peft.data.images import list_images
     from vision_peft.quality.experts import open_expert
     from vision_peft.quality.extraction import extract
@@ -99,6 +100,7 @@ def _score(argv: list[str]) -> None:
     parser = CommandParser("quality score", about)
     parser.add_argument("images", nargs="+", type=Path, help="pictures or folders of them")
     parser.add_argument("--regressor", type=Path, required=True)
+    parser.add_argument("--tile", type=int, help="pixels: larger pictures pass in tiles of this side; else as for the regressor's")
     parser.add_argument("--csv", type=Path, help="write path,score")
     parser.add_argument("--html", type=Path, help="write a contact sheet, best first")
     given = parser.parse_args(argv)
@@ -107,7 +109,8 @@ def _score(argv: list[str]) -> None:
     from vision_peft.quality.scorer import Scorer
     from vision_peft.report.contact_sheet import write_contact_sheet
 
-    scorer = Scorer(given.regressor)
+    _check_tile(given.tile)
+    scorer = Scorer(given.regressor, given.tile)
     scored = []
     for path in _pictures(given.images):
         try:
@@ -141,6 +144,11 @@ def _sensitivity(argv: list[str]) -> None:
     rows = [(each.name, *(f"{mean:.3f}" for mean in each.means), "yes" if each.falls else "no", f"{each.spearman:+.2f}") for each in found]
     print(columns([("distortion", "clean", *(f"level {level}" for level in range(1, 6)), "falls", "spearman"), *rows]))
     print(f"falls from level to level: {sum(each.falls for each in found)} of {len(found)} distortions")
+
+
+def _check_tile(tile: int | None) -> None:
+    if tile is not None and tile < 64:
+        raise UserError(f"--tile: must be at least 64 pixels, not {tile}")
 
 
 def _pictures(given: list[Path]) -> list[Path]:

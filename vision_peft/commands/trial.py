@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import ctypes
 import gc
 import io
 import os
@@ -14,6 +13,7 @@ from typing import Any
 import torch
 import yaml
 
+from vision_peft.allocator import return_freed_memory
 from vision_peft.commands.run import hushed, make_cli
 from vision_peft.engine.adapter_set import AdapterSet
 from vision_peft.errors import UserError
@@ -86,8 +86,7 @@ def _reset_peak() -> None:
     if torch.cuda.is_available():
         torch.cuda.reset_peak_memory_stats()
     elif os.access("/proc/self/clear_refs", os.W_OK):
-        if hasattr(libc := ctypes.CDLL(None), "malloc_trim"):
-            libc.malloc_trim(0)  # glibc keeps what earlier trials freed, which this one would use without any rise
+        return_freed_memory()  # or this trial would use what earlier ones freed, without any rise
         Path("/proc/self/clear_refs").write_text("5")
         _start_kib = _resident_kib("VmRSS")
 

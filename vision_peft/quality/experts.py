@@ -25,8 +25,10 @@ from vision_peft.engine import store
 from vision_peft.engine.fingerprint import fingerprint
 from vision_peft.engine.install import merge
 from vision_peft.errors import UserError
+from vision_peft.quality.natural_scenes import NaturalScenes
 
 SMALLEST = 32  # pixels of the half-size picture's shorter side
+LARGEST = 2**23  # pixels at once, without tiles: a frame of 4K; a convolutional network takes 2 GiB for it, a transformer half an hour
 RANDOM = "random:"
 
 
@@ -54,7 +56,8 @@ class Encoder:
         marks: the fingerprint.
         tile: side in pixels above which a picture passes in tiles, whose features are averaged by area: bounds the memory that a large
             picture takes, and changes the numbers a little (what lies across a seam is seen by halves).
-        bf16: compute under bfloat16 autocast: several times faster on processors that have it, features differ by about a hundredth.
+        bf16: compute under bfloat16 autocast: faster on processors that have it (transformers 2.5 times). Features differ by 1 to 6 %,
+            and agree with opinions as well (docs/results_quality.md).
     """
 
     def __init__(
@@ -72,7 +75,10 @@ class Encoder:
 
     @torch.no_grad()
     def __call__(self, images: Tensor) -> Tensor:
-        """Sides are cut to a multiple of the patches, in the middle."""
+        """Sides are cut to a multiple of the patches, in the middle. UserError for a picture that needs tiles."""
+        height, width = images.shape[-2:]
+        if self.tile is None and height * width > LARGEST:
+            raise UserError(f"is {width} x {height} pixels; above {LARGEST >> 20} megapixels it must pass in tiles, e.g. --tile 1024")
         rows, columns = (_pieces(length, self.patch, self.tile) for length in images.shape[-2:])
         found, area = torch.zeros(len(images), self.width), 0
         for top, bottom in rows:
@@ -94,11 +100,14 @@ def _pieces(length: int, patch: int, tile: int | None) -> list[tuple[int, int]]:
 
 
 def open_expert(name: str, tile: int | None = None, bf16: bool = False) -> Expert:
-    """By a timm or `offline:` name, `random:NAME` (its weights drawn at random), an adapter folder, or an encoder's folder.
+    """By a timm or `offline:` name, `random:NAME` (its weights drawn at random), an adapter folder, an encoder's folder, or
+    `classical:brisque`, which `tile` and `bf16` are nothing to.
 
     Raises:
         UserError: names what is unknown, missing or does not fit.
     """
+    if name == NaturalScenes.name:
+        return NaturalScenes()
     options = {"tile": tile, "bf16": bf16}
     folder = Path(name)
     if (folder / store.CONFIG).is_file():

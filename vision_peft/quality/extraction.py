@@ -22,6 +22,7 @@ from vision_peft.quality.experts import Expert, features
 from vision_peft.user_cache import keep_tensors
 
 PART = 32  # pictures a file
+AT_ONCE = 2**22  # pixels, unless a single picture has more
 FEATURES, CONFIG = "features.safetensors", "features.json"
 
 
@@ -38,7 +39,7 @@ def extract(paths: Sequence[Path], experts: Sequence[Expert], folder: Path, batc
     """Features of every picture, written to `folder`; parts that are there already are taken as they are.
 
     Args:
-        batch: pictures of one size that pass at once.
+        batch: pictures of one size that pass at once, at most; fewer of large ones.
 
     Raises:
         UserError: names a picture that cannot be decoded or is too small; what was finished before it stays.
@@ -74,6 +75,8 @@ def _part(paths: list[Path], experts: Sequence[Expert], described: list[dict[str
     if kept.is_file():
         return load_file(kept)["features"]
     rows = []
+    width, height = _size(paths[0])
+    batch = max(1, min(batch, AT_ONCE // max(1, width * height)))
     for start in range(0, len(paths), batch):
         chosen = paths[start : start + batch]
         try:
