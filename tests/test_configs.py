@@ -248,12 +248,35 @@ def test_segmentation_task_runs(name, pictures, tmp_path):
     finished(run(tmp_path / "run", "--config", str(FILES[name]), *SEGMENT, *small), tmp_path / "run")
 
 
-@pytest.mark.parametrize("name", [name for name in FILES if kind(name) == "recipe"])
-def test_recipe_parses(name, monkeypatch):
+@pytest.mark.parametrize("name", [name for name in FILES if name.startswith("recipe/salt")])
+def test_recipe_of_salt_parses(name, monkeypatch):
     config = parse(monkeypatch, "--config", str(FILES[name]))
     assert config["data"]["init_args"]["file"].split("/")[0] == Path(name).stem.removeprefix("salt_")
     assert config["model"]["init_args"]["backbone"]["init_args"]["compat"] == "salt"
     assert config["adapter"]["method"]["init_args"]["ranks"] == {"*attn*": 760, "*mlp*": 50, "*neck*": 250}
+
+
+@pytest.fixture
+def pristine(tmp_path):
+    """Twelve pictures that are large enough for crops of 16."""
+    (tmp_path / "pristine").mkdir()
+    for seed in range(12):
+        coarse = np.random.default_rng(seed).integers(0, 255, (9, 9, 3), dtype=np.uint8)
+        Image.fromarray(coarse).resize((80, 80), Image.Resampling.BICUBIC).save(tmp_path / "pristine" / f"{seed}.png")
+    return tmp_path / "pristine"
+
+
+@pytest.mark.parametrize("name", ["task/quality_effnet.yaml", "task/quality_resnet18.yaml", "recipe/re_iqa.yaml"])
+def test_quality_task_runs(name, pristine, tmp_path):
+    small = ["--model.backbone.name", "test_resnet", "--model.backbone.pretrained", "false", "--model.backbone.image_size", "32"]
+    few = ["--data.images", str(pristine), "--data.patch", "16", "--data.batch_size", "2", "--data.num_workers", "0", "--model.queue", "50"]
+    short = ["--trainer.max_steps", "2", "--trainer.accelerator", "cpu", "--trainer.enable_progress_bar", "false"]
+    alone = ["--trainer.sync_batchnorm", "false"] if name.startswith("recipe") else []  # it needs a process group
+    cli = run(tmp_path / "run", "--config", str(FILES[name]), *small, *few, *short, *alone)
+    finished(cli, tmp_path / "run")
+    assert (tmp_path / "run" / ("adapter" if "effnet" in name else "encoder")).is_dir()
+    optimizer = {"recipe/re_iqa.yaml": "Lars", "task/quality_resnet18.yaml": "SGD"}.get(name, "AdamW")
+    assert type(cli.trainer.optimizers[0]).__name__ == optimizer
 
 
 # ---- sequences ----

@@ -4,6 +4,7 @@
   vision-peft quality fit --scores biq2021/split.csv --features checkpoints/quality --regressor checkpoints/quality/regressor
   vision-peft quality score PICTURES... --regressor checkpoints/quality/regressor [--csv scores.csv] [--html sheet.html]
   vision-peft quality sensitivity PICTURES... --regressor checkpoints/quality/regressor     # do scores fall as pictures are spoilt?
+  vision-peft quality distort pristine/split.csv --folder checkpoints/distorted       # a set with known levels, where opinions are none
 """
 
 from __future__ import annotations
@@ -19,12 +20,12 @@ from vision_peft.errors import UserError
 
 
 def main(command: str, argv: list[str]) -> None:
-    verbs = {"extract": _extract, "fit": _fit, "score": _score, "sensitivity": _sensitivity}
+    verbs = {"extract": _extract, "fit": _fit, "score": _score, "sensitivity": _sensitivity, "distort": _distort}
     if argv and argv[0] in verbs:
         keep_freed_memory()
         verbs[argv[0]](argv[1:])
         return
-    parser = CommandParser(command, __doc__, usage="vision-peft quality {extract,fit,score,sensitivity} [options]")
+    parser = CommandParser(command, __doc__, usage=f"vision-peft quality {{{','.join(verbs)}}} [options]")
     parser.add_argument("verb", choices=verbs, help="`vision-peft quality VERB --help` tells its options")
     parser.parse_args(argv[:1])
 
@@ -146,18 +147,35 @@ def _sensitivity(argv: list[str]) -> None:
     print(f"falls from level to level: {sum(each.falls for each in found)} of {len(found)} distortions")
 
 
+def _distort(argv: list[str]) -> None:
+    about = "distort: clean pictures under distortions of the bank, and a CSV whose score is 6 less the level (6: the clean one)."
+    parser = CommandParser("quality distort", about)
+    parser.add_argument("images", nargs="+", type=Path, help="clean pictures, folders of them, or a CSV with path and split")
+    parser.add_argument("--folder", type=Path, required=True, help="gets images/ and split.csv")
+    parser.add_argument("--split", default="train", help="of a CSV")
+    parser.add_argument("--kinds", nargs="+", help="distortions; default: all whose level is a strength")
+    parser.add_argument("--levels", type=int, default=5, help="how many of the five a picture and distortion, drawn by the seed")
+    parser.add_argument("--seed", type=int, default=1)
+    given = parser.parse_args(argv)
+    from vision_peft.quality.distorted_set import write_distorted
+
+    count = write_distorted(_pictures(given.images, given.split), given.folder, given.kinds, given.levels, given.seed)
+    print(f"distorted: {given.folder} ({count} pictures)")
+
+
 def _check_tile(tile: int | None) -> None:
     if tile is not None and tile < 64:
         raise UserError(f"--tile: must be at least 64 pixels, not {tile}")
 
 
-def _pictures(given: list[Path]) -> list[Path]:
+def _pictures(given: list[Path], split: str = "val") -> list[Path]:
+    """Pictures, those below folders, and those of a split that CSV files list."""
     from vision_peft.data.images import list_images
-    from vision_peft.data.pristine_images import held_out
+    from vision_peft.data.pristine_images import pictures_of
 
     paths: list[Path] = []
     for each in given:
-        paths += held_out(each) if each.suffix == ".csv" else list_images(each) if each.is_dir() else [each]
+        paths += pictures_of(each, split) if each.suffix == ".csv" else list_images(each) if each.is_dir() else [each]
     if not paths:
         raise UserError(f"{given[0]}: no picture in it")
     return paths

@@ -140,9 +140,9 @@ class PristineImages(pl.LightningDataModule):
         return (self.trainer.global_rank, self.trainer.world_size) if self.trainer is not None else (0, 1)
 
 
-def held_out(file: Path) -> list[Path]:
-    """The rows of a CSV file that are called val."""
-    return [path for path, split in _listed(str(file)) if split == "val"]
+def pictures_of(file: Path, split: str) -> list[Path]:
+    """The rows of a CSV file that belong to a split."""
+    return [path for path, own in _listed(str(file)) if own == split]
 
 
 def _listed(source: str) -> list[tuple[Path, str]]:

@@ -12,6 +12,7 @@ from scipy.stats import spearmanr
 from tqdm import tqdm
 
 from vision_peft.data.distortions.bank import BANK, LEVELS, distort
+from vision_peft.quality.distorted_set import as_picture
 
 
 @dataclass(frozen=True)
@@ -59,11 +60,7 @@ def sensitivity(
         for index, picture in enumerate(pictures):
             image = torch.from_numpy(np.asarray(picture).copy()).permute(2, 0, 1).float() / 255
             draw = torch.Generator().manual_seed(index)
-            spoilt = [_picture(distort(image, name, level, draw)) for level in range(1, LEVELS + 1)]
+            spoilt = [as_picture(distort(image, name, level, draw)) for level in range(1, LEVELS + 1)]
             rows.append([clean[index], *score(spoilt)])
         found.append(Sensitivity(name, np.array(rows)))
     return found
-
-
-def _picture(image: torch.Tensor) -> Image.Image:
-    return Image.fromarray((image.clamp(0, 1) * 255).round().byte().permute(1, 2, 0).numpy())
