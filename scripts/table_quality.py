@@ -2,7 +2,8 @@
 
 python scripts/table_quality.py --scores biq2021/split.csv --features NAME=FOLDER ... --printed FOLDER
 
-Without --features the page is made anew from docs/rows. FOLDER of --printed holds sensitivity.txt and speed.txt.
+Without --features the page is made anew from docs/rows. FOLDER of --printed holds sensitivity.txt, sensitivity_levels.txt and speed.txt:
+see the page.
 """
 
 from __future__ import annotations
@@ -25,6 +26,7 @@ from vision_peft.quality.trial import medians, trials
 ROOT = Path(__file__).parents[1]
 HEAD, PAGE = ROOT / "scripts" / "results_quality_head.md", ROOT / "docs" / "results_quality.md"
 ROWS, PRINTED = ROOT / "docs" / "rows" / "quality_biq2021.csv", ROOT / "docs" / "rows"
+TEXTS = ("sensitivity", "sensitivity_levels", "speed")
 MIXTURES = (("content", "quality"), ("content", "dino"), ("content", "random"), ("content", "resnet18"), ("content", "quality", "dino"))
 
 
@@ -97,11 +99,11 @@ def main() -> None:
     if given.features:
         run_trials(given.scores, {name: Path(folder) for name, _, folder in (each.partition("=") for each in given.features)})
     if given.printed:
-        for name in ("sensitivity", "speed"):
+        for name in TEXTS:
             shutil.copy(given.printed / f"{name}.txt", PRINTED / f"quality_{name}.txt")
     text = HEAD.read_text()
     parts = {"scenes": table("scenes"), "pictures": table("pictures"), "statements": statements()}
-    parts |= {name: (PRINTED / f"quality_{name}.txt").read_text().strip() for name in ("sensitivity", "speed")}
+    parts |= {name: (PRINTED / f"quality_{name}.txt").read_text().strip() for name in TEXTS}
     for name, part in parts.items():
         text = text.replace(f"{{{name}}}", part)
     PAGE.write_text(text)

@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 import torch
 import yaml
+from generators import unconditional
 from PIL import Image
 
 from vision_peft.cli import main
@@ -67,7 +68,7 @@ def test_how_many_there_are():
     kinds = [kind(name) for name in FILES]
     assert {each: kinds.count(each) for each in set(kinds)} == {
         "quickstart": 1,
-        "task": 11,
+        "task": 13,
         "method": len(method_names()) + 2,
         "trainer": 5,
         "set": 14,
@@ -277,6 +278,24 @@ def test_quality_task_runs(name, pristine, tmp_path):
     assert (tmp_path / "run" / ("adapter" if "effnet" in name else "encoder")).is_dir()
     optimizer = {"recipe/re_iqa.yaml": "Lars", "task/quality_resnet18.yaml": "SGD"}.get(name, "AdamW")
     assert type(cli.trainer.optimizers[0]).__name__ == optimizer
+
+
+@pytest.mark.parametrize("name", ["task/generator_faces.yaml", "task/hybrid_faces.yaml"])
+def test_generator_task_runs(name, tmp_path, monkeypatch):
+    monkeypatch.setenv("VISION_PEFT_CACHE", str(tmp_path / "cache"))
+    unconditional(tmp_path / "generator")
+    rows = ["path,domain,split"]
+    for domain in ("smile", "sunglasses", "smile+sunglasses"):
+        for index in range(4):
+            pixels = np.random.default_rng(index).integers(0, 255, (20, 20, 3), dtype=np.uint8)
+            Image.fromarray(pixels).save(tmp_path / f"{domain}_{index}.png")
+            rows.append(f"{domain}_{index}.png,{domain},{'shot' if index < 2 else 'ref'}")
+    (tmp_path / "split.csv").write_text("\n".join([*rows, ""]))
+    small = ["--model.backbone.name", str(tmp_path / "generator"), "--data.images", str(tmp_path / "split.csv"), "--model.samples", "0"]
+    tiny = "{class_path: vision_peft.backbones.Vit, init_args: {name: test_vit, pretrained: false, image_size: 32}}"
+    hybrid = ["--model.encoders", f"[{tiny}]", "--model.judge", "null", "--data.sources", "4", "--model.sample_steps", "2"]
+    short = ["--trainer.max_steps", "2", "--trainer.accelerator", "cpu", "--trainer.enable_progress_bar", "false"]
+    finished(run(tmp_path / "run", "--config", str(FILES[name]), *small, *(hybrid if "hybrid" in name else []), *short), tmp_path / "run")
 
 
 # ---- sequences ----

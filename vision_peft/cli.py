@@ -25,6 +25,7 @@ COMMANDS = {
     "table": ("table", "sets x shots x seeds x methods at fixed settings: the table of the few-shot papers"),
     "continual": ("continual", "one task after another on the same model: accuracy matrix, forgetting, ranks"),
     "quality": ("quality", "image quality without a reference: features, a regressor on opinion scores, scores for any picture"),
+    "sample": ("sample", "pictures of a generator: frozen, with each adapter, with a mix, from the same seeds"),
     "data": ("data", "the known sets: what is there, and preparing one from its public archives"),
 }
 HELP = """usage: vision-peft COMMAND [options]

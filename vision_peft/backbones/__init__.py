@@ -5,7 +5,7 @@ from __future__ import annotations
 from importlib import import_module
 from typing import Any
 
-_HOMES = {"Vit": "vit", "Clip": "clip", "DualEncoder": "dual_encoder", "Sam": "sam", "UNet": "monai_unet"}
+_HOMES = {"Vit": "vit", "Clip": "clip", "DualEncoder": "dual_encoder", "Sam": "sam", "UNet": "monai_unet", "Diffusion": "diffusion"}
 __all__ = [*_HOMES]
 
 

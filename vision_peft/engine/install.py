@@ -164,6 +164,20 @@ def adapters_off(model: nn.Module) -> Iterator[None]:
             state.enabled = enabled
 
 
+@contextmanager
+def frozen_weights(network: nn.Module) -> Iterator[None]:
+    """adapters_off() that works on merged adapters, too: they are taken out for the block, and merged again behind it."""
+    merged = any(installation.state.merged for installation in installations(network))
+    if merged:
+        unmerge(network)
+    try:
+        with adapters_off(network):
+            yield
+    finally:
+        if merged:
+            merge(network)
+
+
 def merge(network: nn.Module) -> None:
     """Write the effective weights into the parameters, so that the network runs without any adapter code; undone by unmerge().
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from abc import abstractmethod
+from contextlib import AbstractContextManager
 from typing import Any, Literal
 
 import lightning.pytorch as pl
@@ -14,6 +15,7 @@ from torch.optim.lr_scheduler import CosineAnnealingLR, LinearLR, LRScheduler, S
 
 from vision_peft.backbones.base import Backbone
 from vision_peft.engine.fingerprint import fingerprint
+from vision_peft.engine.install import frozen_weights
 from vision_peft.errors import UserError
 
 
@@ -86,6 +88,10 @@ class Task(pl.LightningModule):
         self.parts[name] = part
         self.scaffold |= {name} if scaffold else set()
         self.add_module(name, part)
+
+    def frozen(self) -> AbstractContextManager[None]:
+        """Within the block the backbone computes with its frozen weights alone, whatever is on it, merged or not."""
+        return frozen_weights(self.backbone.network)
 
     # ---- optimization ----
 

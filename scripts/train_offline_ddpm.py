@@ -1,0 +1,154 @@
+"""A small unconditional generator of faces in diffusers' format: UNet2DModel, 64 x 64, 4.3 million parameters, from random weights.
+
+    VISION_PEFT_DATA=... python scripts/train_offline_ddpm.py --folder checkpoints/offline_ddpm
+    VISION_PEFT_DATA=... python scripts/train_offline_ddpm.py --images gen_anime/split.csv --folder checkpoints/offline_ddpm_anime
+
+x_t = sqrt(abar) x + sqrt(1 - abar) eps,  v = sqrt(abar) eps - sqrt(1 - abar) x,  L = min(SNR, 5) / (SNR + 1) |v_theta(x_t, t) - v|^2
+
+with the cosine schedule, because a clean picture estimated in one step from v is well behaved at every t, which adaptation by pictures
+needs (from eps it is not where abar is near 0). Pictures are mirrored half of the time; what is saved is the average of the weights.
+
+Every 500 steps FOLDER/work/last.pt is written, atomically; the same command goes on from there, and draws depend on seed and step alone.
+FOLDER/work has log.csv (loss, and the loss of held-out pictures under fixed noise by averaged weights) and sample grids as it goes.
+"""
+
+from __future__ import annotations
+
+import argparse
+import csv
+import json
+import time
+from pathlib import Path
+
+import torch
+from diffusers import DDIMPipeline, DDIMScheduler, UNet2DModel
+from diffusers.training_utils import EMAModel, compute_snr
+from PIL import Image
+from torch import Tensor, nn
+from torchvision.transforms.functional import pil_to_tensor
+from torchvision.utils import make_grid, save_image
+from tqdm.auto import tqdm
+
+from vision_peft.data.roots import existing
+from vision_peft.engine.store import staged_folder
+
+SIZE, BATCH, RATE, WARMUP, AVERAGE, GAMMA, EVERY = 64, 16, 4e-4, 200, 0.999, 5.0, 500
+UNET = {
+    "sample_size": SIZE,
+    "in_channels": 3,
+    "out_channels": 3,
+    "layers_per_block": 1,
+    "block_out_channels": (32, 64, 128, 128),
+    "down_block_types": ("DownBlock2D", "DownBlock2D", "DownBlock2D", "AttnDownBlock2D"),
+    "up_block_types": ("AttnUpBlock2D", "UpBlock2D", "UpBlock2D", "UpBlock2D"),
+    "attention_head_dim": 32,
+    "norm_num_groups": 8,
+}
+NOISE = {"beta_schedule": "squaredcos_cap_v2", "prediction_type": "v_prediction", "clip_sample": True, "timestep_spacing": "trailing"}
+
+
+def read(file: str, domain: str | None) -> dict[str, Tensor]:
+    """uint8 (N, 3, 64, 64) of the rows called train and val."""
+    path = existing(file, "--images")
+    found: dict[str, list[Tensor]] = {"train": [], "val": []}
+    for row in csv.DictReader(path.open()):
+        if row["split"] in found and row.get("domain", domain) == domain:
+            picture = Image.open(path.parent / row["path"]).convert("RGB").resize((SIZE, SIZE), Image.Resampling.BICUBIC)
+            found[row["split"]].append(pil_to_tensor(picture))
+    return {split: torch.stack(pictures) for split, pictures in found.items()}
+
+
+def loss_of(unet: nn.Module, scheduler: DDIMScheduler, images: Tensor, draw: torch.Generator) -> Tensor:
+    """Of uint8 pictures (B, 3, 64, 64)."""
+    clean = images / 127.5 - 1
+    noise = torch.randn(clean.shape, generator=draw)
+    steps = torch.randint(0, scheduler.config.num_train_timesteps, (len(clean),), generator=draw)
+    with torch.autocast("cpu", torch.bfloat16):
+        velocity = unet(scheduler.add_noise(clean, noise, steps), steps).sample
+    target = scheduler.get_velocity(clean, noise, steps)
+    snr = compute_snr(scheduler, steps)
+    return ((velocity.float() - target).square().mean((1, 2, 3)) * snr.clamp(max=GAMMA) / (snr + 1)).mean()
+
+
+@torch.no_grad()
+def sample(unet: nn.Module, scheduler: DDIMScheduler, path: Path, count: int = 36, steps: int = 30) -> None:
+    """A grid from fixed seeds."""
+    x = torch.randn(count, 3, SIZE, SIZE, generator=torch.Generator().manual_seed(0))
+    scheduler.set_timesteps(steps)
+    for t in scheduler.timesteps:
+        with torch.autocast("cpu", torch.bfloat16):
+            velocity = unet(x, t).sample
+        x = scheduler.step(velocity.float(), t, x).prev_sample
+    save_image(make_grid(x.clamp(-1, 1) / 2 + 0.5, nrow=9), path)
+
+
+def train(pictures: dict[str, Tensor], folder: Path, total: int) -> UNet2DModel:
+    """Train to `total` steps and return the averaged network."""
+    work = folder / "work"
+    work.mkdir(parents=True, exist_ok=True)
+    torch.manual_seed(0)
+    unet, scheduler = UNet2DModel(**UNET), DDIMScheduler(**NOISE)
+    average = EMAModel(unet.parameters(), decay=AVERAGE, use_ema_warmup=True, power=0.75)
+    optimizer = torch.optim.AdamW(unet.parameters(), RATE, weight_decay=0.01, betas=(0.9, 0.99))
+    ramp = torch.optim.lr_scheduler.LinearLR(optimizer, 0.01, total_iters=WARMUP)
+    fall = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, total - WARMUP, eta_min=RATE / 50)
+    schedule = torch.optim.lr_scheduler.SequentialLR(optimizer, [ramp, fall], [WARMUP])
+    last, state = work / "last.pt", {"step": 0, "seconds": 0.0}
+    parts = {"unet": unet, "average": average, "optimizer": optimizer, "schedule": schedule}
+    if last.is_file():
+        state = torch.load(last, weights_only=True)
+        for name, part in parts.items():
+            part.load_state_dict(state[name])
+    start, running = time.process_time() - state["seconds"], []
+    bar = tqdm(range(state["step"], total), "steps", initial=state["step"], total=total)
+    for step in bar:
+        draw = torch.Generator().manual_seed(step)
+        rows = torch.randint(0, len(pictures["train"]), (BATCH,), generator=draw)
+        images = pictures["train"][rows]
+        images = torch.where(torch.rand(BATCH, 1, 1, 1, generator=draw) < 0.5, images.flip(3), images)
+        loss = loss_of(unet, scheduler, images, draw)
+        optimizer.zero_grad()
+        loss.backward()
+        nn.utils.clip_grad_norm_(unet.parameters(), 1.0)
+        optimizer.step()
+        schedule.step()
+        average.step(unet.parameters())
+        running.append(loss.item())
+        bar.set_postfix(loss=f"{sum(running[-100:]) / len(running[-100:]):.4f}")
+        if (step + 1) % EVERY == 0 or step + 1 == total:
+            average.store(unet.parameters())
+            average.copy_to(unet.parameters())
+            with torch.no_grad():
+                held_out = loss_of(unet, scheduler, pictures["val"], torch.Generator().manual_seed(1))
+            sample(unet, scheduler, work / f"samples_{step + 1:06d}.png")
+            average.restore(unet.parameters())
+            seconds = time.process_time() - start
+            with (work / "log.csv").open("a") as stream:
+                stream.write(f"{step + 1},{sum(running) / len(running):.5f},{held_out.item():.5f},{seconds:.0f}\n")
+            running = []
+            state = {name: part.state_dict() for name, part in parts.items()} | {"step": step + 1, "seconds": seconds}
+            torch.save(state, last.with_suffix(".partial"))
+            last.with_suffix(".partial").replace(last)
+    average.copy_to(unet.parameters())
+    return unet.eval()
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--images", default="gen_faces/split.csv", help="CSV with path, split and (not necessarily) domain")
+    parser.add_argument("--domain", default="source", help="rows that count, where the CSV has domains")
+    parser.add_argument("--folder", type=Path, default=Path("checkpoints/offline_ddpm"))
+    parser.add_argument("--steps", type=int, default=10_000, help="of 16 pictures")
+    given = parser.parse_args()
+    pictures = read(given.images, given.domain)
+    unet = train(pictures, given.folder, given.steps)
+    facts = {"images": given.images, "pictures": len(pictures["train"]), "steps": given.steps, "batch": BATCH}
+    parts = frozenset({"unet", "scheduler", "model_index.json", "training.json"})
+    with staged_folder(given.folder / "pipeline", parts, "a generator") as staging:
+        DDIMPipeline(unet, DDIMScheduler(**NOISE)).save_pretrained(staging)
+        (staging / "training.json").write_text(json.dumps(facts, indent=2) + "\n")
+    print(f"generator: {given.folder / 'pipeline'} ({sum(each.numel() for each in unet.parameters()):,} parameters)")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,160 @@
+"""The diffusion backbone on small pipelines: same outputs as diffusers, names, prompts, files that are not what they should be."""
+
+from __future__ import annotations
+
+import json
+import shutil
+
+import pytest
+import torch
+from diffusers import DDIMPipeline, DDIMScheduler, DiTPipeline, PixArtTransformer2DModel, SD3Transformer2DModel, StableDiffusionPipeline
+from generators import classes, stable_diffusion, unconditional
+
+from vision_peft.backbones import Diffusion
+from vision_peft.backbones.diffusion_sites import name_denoiser_sites
+from vision_peft.engine.fingerprint import fingerprint
+from vision_peft.errors import UserError
+from vision_peft.generation.sampling import draw_noise, sample
+
+MAKERS = {"unconditional": unconditional, "stable_diffusion": stable_diffusion, "classes": classes}
+
+
+@pytest.fixture(scope="module")
+def folders(tmp_path_factory):
+    return {name: make(tmp_path_factory.mktemp(name) / "pipeline") for name, make in MAKERS.items()}
+
+
+def loaded(folder, **options) -> Diffusion:
+    backbone = Diffusion(str(folder), **options)
+    backbone.load()
+    return backbone.eval()
+
+
+@pytest.mark.parametrize("kind", MAKERS)
+def test_nothing_is_read_before_load_and_the_network_is_the_pipelines(folders, kind):
+    backbone = Diffusion(str(folders[kind]))
+    assert all(parameter.is_meta for parameter in backbone.network.parameters())
+    names = [site.name for site in backbone.sites()]
+    backbone.load()
+    assert [site.name for site in backbone.sites()] == names
+    pipeline = {"unconditional": DDIMPipeline, "stable_diffusion": StableDiffusionPipeline, "classes": DiTPipeline}[kind].from_pretrained(
+        folders[kind]
+    )
+    denoiser = pipeline.transformer if kind == "classes" else pipeline.unet
+    assert fingerprint(denoiser) == fingerprint(backbone.network)
+    assert not any(parameter.requires_grad for parameter in backbone.parameters())
+    assert backbone(*backbone.example()).shape == (2, backbone.channels, *backbone.sample_size)
+
+
+def test_sampling_is_diffusers_own(folders):
+    backbone = loaded(folders["unconditional"])
+    pipeline = DDIMPipeline.from_pretrained(folders["unconditional"])
+    noise = draw_noise(backbone, 2, 0)
+    scheduler = pipeline.scheduler
+    scheduler.set_timesteps(5)
+    x = noise
+    with torch.no_grad():
+        for t in scheduler.timesteps:
+            x = scheduler.step(pipeline.unet(x, t).sample, t, x).prev_sample
+    torch.testing.assert_close(sample(backbone, noise, steps=5), x)
+
+
+def test_text_guidance_and_decoding_are_the_pipelines(folders):
+    backbone = loaded(folders["stable_diffusion"])
+    pipeline = StableDiffusionPipeline.from_pretrained(folders["stable_diffusion"], safety_checker=None)
+    pipeline.set_progress_bar_config(disable=True)
+    noise, prompts = draw_noise(backbone, 2, 0), ["a cat", "dog"]
+    expected = pipeline(prompts, latents=noise, num_inference_steps=4, guidance_scale=5.0, output_type="pt").images
+    x = sample(backbone, noise, backbone.condition(prompts), 4, 5.0, backbone.condition(["", ""]))
+    found = backbone.decode(x) / 2 + 0.5
+    torch.testing.assert_close(found.clamp(0, 1), expected, rtol=1e-4, atol=1e-4)
+    assert backbone.preprocess.size == 16
+
+
+def test_encoding_is_undone_by_decoding_up_to_the_autoencoder(folders):
+    backbone = loaded(folders["stable_diffusion"])
+    images = torch.rand(2, 3, 16, 16) * 2 - 1
+    latents = backbone.encode(images)
+    expected = backbone.vae.decode(backbone.vae.encode(images).latent_dist.mode()).sample
+    assert latents.shape == (2, 4, 8, 8)
+    torch.testing.assert_close(backbone.decode(latents), expected)
+
+
+def test_prompts_by_kind(folders):
+    assert loaded(folders["unconditional"]).condition(["", ""]) == {}
+    with pytest.raises(UserError, match="takes no prompt, given 'a cat'"):
+        loaded(folders["unconditional"]).condition(["", "a cat"])
+    assert loaded(folders["classes"]).condition(["3", "7"])["class_labels"].tolist() == [3, 7]
+    with pytest.raises(UserError, match="class numbers from 0 to 10, not 'cat'"):
+        loaded(folders["classes"]).condition(["cat"])
+
+
+def test_seeds_give_the_same_pictures_whatever_the_count(folders):
+    backbone = loaded(folders["unconditional"], scheduler="DDPMScheduler")
+    noise = draw_noise(backbone, 3, 5)
+    assert torch.equal(noise[:2], draw_noise(backbone, 2, 5))
+    assert torch.equal(sample(backbone, noise, steps=3, seed=1), sample(backbone, noise, steps=3, seed=1))
+    assert not torch.equal(sample(backbone, noise, steps=3, seed=1), sample(backbone, noise, steps=3, seed=2))
+
+
+def test_canonical_names():
+    with torch.device("meta"):
+        shapes = {"num_attention_heads": 2, "attention_head_dim": 8, "in_channels": 4, "num_layers": 1, "sample_size": 8}
+        joint = SD3Transformer2DModel(joint_attention_dim=16, caption_projection_dim=16, pooled_projection_dim=16, **shapes)
+        crossed = PixArtTransformer2DModel(caption_channels=16, cross_attention_dim=16, norm_num_groups=8, **shapes)
+    names = {site.target for site in name_denoiser_sites(joint)}
+    assert {"dit.0.attn.q", "dit.0.context.attn.v", "dit.0.attn.out", "dit.0.mlp.fc1", "dit.proj_out"} <= names
+    names = {site.target for site in name_denoiser_sites(crossed)}
+    assert {"dit.0.self.attn.q", "dit.0.cross.attn.k", "dit.0.mlp.fc2", "dit.scale_shift_table"} <= names
+    assert not any(name.startswith(("transformer_blocks", "scale_shift")) for name in names)
+
+
+def test_names_of_unets(folders):
+    plain = {site.target for site in Diffusion(str(folders["unconditional"])).sites()}
+    assert {"unet.down.1.attentions.0.attn.q", "unet.mid.resnets.0.conv1", "unet.up.1.resnets.0.conv_shortcut", "unet.conv_in"} <= plain
+    text = {site.target for site in Diffusion(str(folders["stable_diffusion"])).sites()}
+    assert {"unet.down.0.attentions.0.0.cross.attn.k", "unet.up.1.attentions.1.0.mlp.fc1", "unet.mid.attentions.0.0.self.attn.out"} <= text
+
+
+@pytest.mark.parametrize(
+    "spoil, message",
+    [
+        (lambda folder: shutil.rmtree(folder / "unet"), "a pipeline without unet/ and transformer/"),
+        (lambda folder: (folder / "model_index.json").write_text("{"), "model_index.json: not a JSON file"),
+        (lambda folder: (folder / "model_index.json").unlink(), "holds neither model_index.json"),
+        (lambda folder: _config(folder, _class_name="UNet9D"), "_class_name is 'UNet9D'"),
+        (lambda folder: shutil.rmtree(folder / "scheduler"), "holds no scheduler/; name one"),
+    ],
+)
+def test_a_folder_that_is_no_generator(folders, tmp_path, spoil, message):
+    shutil.copytree(folders["unconditional"], tmp_path / "spoilt")
+    spoil(tmp_path / "spoilt")
+    with pytest.raises(UserError, match=message):
+        Diffusion(str(tmp_path / "spoilt"))
+
+
+def test_weights_that_are_missing_or_of_another_shape(folders, tmp_path):
+    shutil.copytree(folders["unconditional"], tmp_path / "other")
+    _config(tmp_path / "other", block_out_channels=[16, 64])
+    with pytest.raises(UserError, match="cannot be loaded"):
+        loaded(tmp_path / "other")
+    (tmp_path / "other" / "unet" / "diffusion_pytorch_model.safetensors").unlink()
+    with pytest.raises(UserError, match="cannot be loaded"):
+        loaded(tmp_path / "other")
+
+
+def test_a_denoiser_alone_and_names_that_are_not_there(folders, tmp_path):
+    alone = loaded(folders["unconditional"] / "unet", scheduler="DDIMScheduler")
+    assert isinstance(alone.scheduler, DDIMScheduler)
+    assert alone(*alone.example()).shape == (2, 3, 16, 16)
+    with pytest.raises(UserError, match="no such folder, and not a hub name"):
+        Diffusion(str(tmp_path / "nothing"))
+    with pytest.raises(UserError, match="does not exist"):
+        Diffusion(str(tmp_path / "nothing.safetensors"))
+    with pytest.raises(UserError, match="unknown scheduler 'DDIMSchedular'; did you mean DDIMScheduler"):
+        Diffusion(str(folders["unconditional"]), scheduler="DDIMSchedular")
+
+
+def _config(folder, **changes) -> None:
+    path = folder / "unet" / "config.json"
+    path.write_text(json.dumps({**json.loads(path.read_text()), **changes}))

@@ -1,0 +1,158 @@
+"""What a diffusers model is, told by its JSON files alone, and its weights when they are asked for."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import diffusers
+import torch
+from diffusers import DiffusionPipeline, ModelMixin, SchedulerMixin
+from torch import nn
+
+from vision_peft.errors import UserError, nearest
+
+INDEX, CONFIG = "model_index.json", "config.json"
+DENOISERS = ("unet", "transformer")
+SINGLE = (".safetensors", ".ckpt", ".bin", ".pt")
+
+
+@dataclass(frozen=True)
+class ModelFiles:
+    """A pipeline's folder, or one of a denoiser alone.
+
+    Attributes:
+        name: what the user gave.
+        folder: with JSON files; of a hub model the local snapshot.
+        part: sub-folder of the denoiser: unet, transformer, or "" where the folder is one.
+        single: one file with all weights, whose JSON files come from elsewhere.
+    """
+
+    name: str
+    folder: Path
+    part: str
+    single: Path | None = None
+
+    @property
+    def is_pipeline(self) -> bool:
+        return bool(self.part)
+
+    def outline(self) -> nn.Module:
+        """The denoiser on the meta device."""
+        config = _read(self.folder / self.part / CONFIG)
+        kind = _class(config.get("_class_name"), ModelMixin, self.folder / self.part / CONFIG)
+        with torch.device("meta"):
+            return kind.from_config({key: value for key, value in config.items() if not key.startswith("_")})
+
+    def scheduler(self, name: str | None) -> SchedulerMixin:
+        """The model's own, or the one of that class with the model's settings.
+
+        Raises:
+            UserError: no scheduler of that name in diffusers, or none is told where the folder is a denoiser alone.
+        """
+        own = self.folder / "scheduler" / "scheduler_config.json"
+        if not own.is_file():
+            if name is None:
+                raise UserError(f"backbone {self.name}: holds no scheduler/; name one, e.g. scheduler: DDIMScheduler")
+            return _scheduler_class(name)()
+        config = _read(own)
+        return _scheduler_class(name or config.get("_class_name")).from_config(config)
+
+    def autoencoder_scale(self) -> int:
+        """Pixels of a picture a pixel of its latents, on a side; 1 without an autoencoder."""
+        path = self.folder / "vae" / CONFIG
+        if not (self.is_pipeline and path.is_file()):
+            return 1
+        config = _read(path)
+        return 2 ** (len(config.get("block_out_channels") or config["encoder_block_out_channels"]) - 1)  # the latter of AutoencoderTiny
+
+    def load_denoiser(self, kind: type[ModelMixin]) -> nn.Module:
+        """With its weights, in float32."""
+        if self.single is not None:
+            return _told(self.name, lambda: kind.from_single_file(str(self.single), config=str(self.folder), subfolder=self.part))
+        options = {"subfolder": self.part} if self.part else {}
+        return _told(self.name, lambda: kind.from_pretrained(self.folder, dtype=torch.float32, **options))
+
+    def load_rest(self, denoiser: nn.Module, scheduler: SchedulerMixin) -> DiffusionPipeline:
+        """The pipeline around a denoiser: autoencoder, text encoders, tokenizers."""
+        parts = {self.part: denoiser, "scheduler": scheduler}
+        index = _read(self.folder / INDEX)
+        parts |= {name: None for name in ("safety_checker", "feature_extractor", "image_encoder") if name in index}
+        if "safety_checker" in parts:
+            parts["requires_safety_checker"] = False
+        return _told(self.name, lambda: DiffusionPipeline.from_pretrained(self.folder, dtype=torch.float32, **parts))
+
+
+def find_model(name: str, config: str | None = None, weights: bool = True) -> ModelFiles:
+    """By a local folder (a pipeline's, or a denoiser's), one file, or a hub name.
+
+    Args:
+        config: of a single file: the folder or hub name of a pipeline of the same shape, whose JSON files tell it.
+        weights: of a hub model also weights will be needed, not only JSON.
+
+    Raises:
+        UserError: there is no such thing, or it holds no denoiser.
+    """
+    path = Path(name)
+    if path.suffix in SINGLE:
+        if not path.is_file():
+            raise UserError(f"backbone {name}: does not exist")
+        if config is None:
+            raise UserError(f"backbone {name}: one file does not tell its shape; give `config`, a folder or hub name of a pipeline like it")
+        like = find_model(config, weights=False)
+        return ModelFiles(name, like.folder, like.part, path)
+    folder = path if path.is_dir() else _snapshot(name, weights)
+    if (folder / INDEX).is_file():
+        index = _read(folder / INDEX)
+        for part in DENOISERS:
+            if part in index and (folder / part / CONFIG).is_file():
+                return ModelFiles(name, folder, part)
+        raise UserError(f"backbone {name}: a pipeline without unet/ and transformer/")
+    if (folder / CONFIG).is_file():
+        return ModelFiles(name, folder, "")
+    raise UserError(f"backbone {name}: holds neither {INDEX} (a pipeline) nor {CONFIG} (a denoiser)")
+
+
+def _snapshot(name: str, weights: bool) -> Path:
+    if name.count("/") != 1 or name.startswith((".", "/")):
+        raise UserError(f"backbone {name}: no such folder, and not a hub name (owner/model)")
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
+
+    patterns = ["*.json", "*.txt", "*.model"] + (["*/*.safetensors"] if weights else [])
+    try:
+        return Path(snapshot_download(name, allow_patterns=patterns))
+    except (HfHubHTTPError, LocalEntryNotFoundError, OSError) as error:
+        raise UserError(f"backbone {name}: no such folder here, and the hub does not give it ({type(error).__name__})") from error
+
+
+def _told(name: str, load: Any) -> Any:
+    """What diffusers says of files that are missing or do not fit, in one line."""
+    diffusers.utils.logging.disable_progress_bar()
+    try:
+        return load()
+    except (OSError, ValueError, RuntimeError, KeyError) as error:
+        raise UserError(f"backbone {name}: cannot be loaded ({type(error).__name__}: {' '.join(str(error).split())[:300]})") from error
+
+
+def _read(path: Path) -> dict[str, Any]:
+    try:
+        return json.loads(path.read_text())
+    except (OSError, ValueError) as error:
+        raise UserError(f"{path}: not a JSON file ({error})") from error
+
+
+def _class(name: Any, kind: type, path: Path) -> type:
+    found = getattr(diffusers, str(name), None)
+    if not (isinstance(found, type) and issubclass(found, kind)):
+        raise UserError(f"{path}: _class_name is {name!r}, which this diffusers ({diffusers.__version__}) does not know")
+    return found
+
+
+def _scheduler_class(name: Any) -> type[SchedulerMixin]:
+    known = [each for each in dir(diffusers) if each.endswith("Scheduler")]
+    if name not in known:
+        raise UserError(f"backbone.scheduler: unknown scheduler {name!r}{nearest(str(name), known)}")
+    return getattr(diffusers, name)

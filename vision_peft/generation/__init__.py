@@ -1,0 +1,1 @@
+"""Generated pictures: sampling from an adapted generator, and measures of what it reached."""

@@ -1,0 +1,80 @@
+"""Pictures from noise: the scheduler's own steps, with guidance where a model takes texts."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from vision_peft.backbones.diffusion import Condition, Diffusion
+from vision_peft.engine.install import frozen_weights
+
+
+def draw_noise(backbone: Diffusion, count: int, seed: int) -> Tensor:
+    """x_T (count, C, h, w): a seed gives the same pictures whatever the count, one after the other."""
+    shape = (backbone.channels, *backbone.sample_size)
+    return torch.stack([torch.randn(shape, generator=torch.Generator().manual_seed(seed * 100_003 + index)) for index in range(count)])
+
+
+@torch.no_grad()
+def sample(
+    backbone: Diffusion,
+    noise: Tensor,
+    condition: Condition | None = None,
+    steps: int = 30,
+    guidance: float = 1.0,
+    unconditional: Condition | None = None,
+    seed: int = 0,
+    below: float = 1.0,
+) -> Tensor:
+    """Clean x (B, C, h, w) from noise (B, C, h, w), by the backbone's scheduler.
+
+    Args:
+        guidance: w of out_u + w (out_c - out_u); 1: without, and `unconditional` is not needed.
+        seed: of what a stochastic scheduler draws.
+        below: share of the noise schedule; adapters act from there on, so that what earlier steps decide is as without them.
+    """
+    scheduler = type(backbone.scheduler).from_config(backbone.scheduler.config)
+    scheduler.set_timesteps(steps)
+    stochastic = "generator" in inspect.signature(scheduler.step).parameters
+    draw = {"generator": torch.Generator().manual_seed(seed)} if stochastic else {}
+    x = noise.to(backbone.device) * getattr(scheduler, "init_noise_sigma", 1.0)  # a flow has none
+
+    def walk(x: Tensor, times: Tensor) -> Tensor:
+        for time in times:
+            given = scheduler.scale_model_input(x, time) if hasattr(scheduler, "scale_model_input") else x
+            told = time.expand(len(x)).to(x.device)
+            output = _output(backbone, given, told, condition)
+            if guidance != 1:
+                free = _output(backbone, given, told, unconditional)
+                output = free + guidance * (output - free)
+            x = scheduler.step(output.float(), time, x, **draw).prev_sample
+        return x
+
+    times, late = scheduler.timesteps, below * scheduler.config.num_train_timesteps
+    if (times > late).any():
+        with frozen_weights(backbone.network):
+            x = walk(x, times[times > late])
+    return walk(x, times[times <= late])
+
+
+@torch.no_grad()
+def pictures(
+    backbone: Diffusion, noise: Tensor, prompts: Sequence[str], steps: int = 30, guidance: float = 1.0, seed: int = 0,
+    below: float = 1.0, batch: int = 8,
+) -> Tensor:  # fmt: skip
+    """(B, 3, H, W) in [-1, 1], clipped, on the processor, from noise (B, C, h, w) and a prompt each ("" for none); see sample()."""
+    found = []
+    for start in range(0, len(noise), batch):
+        words = prompts[start : start + batch]
+        condition = backbone.condition(words)
+        free = backbone.condition([backbone.no_prompt] * len(words)) if guidance != 1 else None
+        x = sample(backbone, noise[start : start + batch], condition, steps, guidance, free, seed, below)
+        found.append(backbone.decode(x).float().clamp(-1, 1).cpu())
+    return torch.cat(found)
+
+
+def _output(backbone: Diffusion, x: Tensor, told: Tensor, condition: Condition | None) -> Tensor:
+    return backbone.network(x, timestep=told, return_dict=False, **(condition or {}))[0][:, : x.shape[1]]
