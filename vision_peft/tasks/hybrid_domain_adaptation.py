@@ -64,7 +64,7 @@ class HybridDomainAdaptation(GeneratorTask):
         backbone: Diffusion,
         encoders: list[Backbone],
         judge: Backbone | None = None,
-        optimizer: OptimizerCallable = lambda params: torch.optim.AdamW(params, lr=1e-4, betas=(0.9, 0.99), weight_decay=0.0),
+        optimizer: OptimizerCallable = lambda params: torch.optim.AdamW(params, lr=1e-4),
         schedule: Literal["cosine", "constant"] = "constant",
         min_lr: float = 1e-6,
         warmup_steps: int = 0,
