@@ -5,11 +5,13 @@ from __future__ import annotations
 import numpy as np
 import pytest
 import torch
+from scipy.linalg import sqrtm
 from scipy.ndimage import sobel
 from torchmetrics.image.kid import poly_mmd
 
 from vision_peft.generation.metrics import (
     diversity,
+    diversity_ratio,
     fid,
     intra_cluster,
     kid,
@@ -89,3 +91,72 @@ def test_nothing_has_no_measure():
         diversity(A[:1])
     with pytest.raises(ValueError, match="at least two"):
         kid(A[:1], B)
+
+
+def test_diversity_ratio_is_one_unchanged_and_zero_collapsed():
+    assert float(diversity_ratio(A, A)) == 1
+    assert float(diversity_ratio(0.5 * A, A)) == pytest.approx(0.5)
+    assert float(diversity_ratio(A[:1].repeat(4, 1), A)) == 0
+    with pytest.raises(ValueError, match="all the same"):
+        diversity_ratio(A, A[:1].repeat(4, 1))
+
+
+@pytest.mark.parametrize("level", [0.0, 0.1, 0.3, 0.7, 0.9, 1.0])
+def test_flat_pictures_have_no_edges_whatever_their_level(level):
+    """Sobel's weights add up to 1e-17 there: without a floor the formula divides rounding by rounding."""
+    flat = torch.full((1, 3, 8, 8), level)
+    assert float(structure_sobel(flat, flat)) == 1
+    assert float(structure_sobel(flat, torch.full((1, 3, 8, 8), 0.5))) == 1
+    assert float(structure_sobel(flat, torch.rand(1, 3, 8, 8))) == 0
+
+
+def test_the_faintest_step_of_an_8_bit_picture_is_an_edge():
+    step = torch.full((1, 3, 8, 8), 0.5)
+    step[..., 4:] += 1 / 255
+    assert float(structure_sobel(step, step)) == pytest.approx(1)
+    assert float(structure_sobel(step, torch.full_like(step, 0.5))) == 0
+
+
+def test_structure_refuses_what_is_no_pairs():
+    with pytest.raises(ValueError, match="pairs"):
+        structure_sobel(torch.rand(1, 3, 8, 8), torch.rand(5, 3, 8, 8))
+
+
+def test_fid_is_the_formula_with_a_matrix_root():
+    x, y = torch.randn(60, 4, generator=DRAW).double(), 1.5 * torch.randn(50, 4, generator=DRAW).double()
+    of_x, of_y = np.cov(x.numpy().T), np.cov(y.numpy().T)
+    expected = float((x.mean(0) - y.mean(0)).square().sum()) + np.trace(of_x + of_y - 2 * sqrtm(of_x @ of_y).real)
+    assert fid(x, y) == pytest.approx(expected, rel=1e-6)
+
+
+def test_copies_cannot_be_told_where_training_is_one_picture():
+    assert np.isnan(nearest_training(A, B[:1]).copied)
+    assert np.isnan(nearest_training(A, B[:1].repeat(3, 1)).copied)
+    assert nearest_training(B, torch.cat([B, B])).copied == 1, "a copy in training does not hide a copy of it"
+
+
+@pytest.mark.parametrize(
+    "measure",
+    [
+        lambda none: similarity(A, none),
+        lambda none: subspace_distance(none, Subspace.of(B)),
+        lambda none: diversity_ratio(none, A),
+        lambda none: intra_cluster(none, B),
+        lambda none: intra_cluster(A, none),
+        lambda none: kid(none, A),
+        lambda none: fid(A, none),
+        lambda none: nearest_training(none, B),
+        lambda none: nearest_training(A, none),
+        lambda none: structure_sobel(torch.zeros(0, 3, 8, 8), torch.zeros(0, 3, 8, 8)),
+    ],
+)
+def test_every_measure_refuses_nothing(measure):
+    with pytest.raises(ValueError, match="no pictures"):
+        measure(A[:0])
+
+
+def test_two_pictures_are_the_least():
+    with pytest.raises(ValueError, match="at least two"):
+        fid(A, B[:1])
+    with pytest.raises(ValueError, match="at least two"):
+        kid(torch.rand(1, 3), torch.rand(4, 3))

@@ -75,3 +75,61 @@ def test_gradients_are_finite_on_the_hull():
 def test_what_is_no_subspace(vectors, energy, message):
     with pytest.raises(ValueError, match=message):
         Subspace.of(vectors, energy=energy)
+
+
+@pytest.mark.parametrize("kind", ["affine", "linear"])
+def test_each_further_reference_only_brings_queries_nearer(kind):
+    distances = torch.stack([Subspace.of(VECTORS[:count], kind).distance(QUERIES, 1) for count in range(1, 7)])
+    assert (distances[1:] <= distances[:-1] + 1e-12).all()
+    twice = Subspace.of(torch.cat([VECTORS, VECTORS[1:3]]), kind)
+    torch.testing.assert_close(twice.distance(QUERIES, 1), distances[-1])
+
+
+def test_the_mean_moves_with_copies_but_the_hull_does_not():
+    twice = Subspace.of(torch.cat([VECTORS, VECTORS[:2]]))
+    assert not torch.allclose(twice.mean, Subspace.of(VECTORS).mean)
+    assert twice.basis.shape == (5, 40)
+
+
+def test_one_vector_spans_a_line_through_the_origin():
+    line = Subspace.of(VECTORS[:1], "linear")
+    torch.testing.assert_close(line.project(-3 * VECTORS[0]), -3 * VECTORS[0])
+    unit = VECTORS[0] / VECTORS[0].norm()
+    torch.testing.assert_close(line.distance(QUERIES), QUERIES.square().sum(1) - (QUERIES @ unit) ** 2)
+
+
+@pytest.mark.parametrize("power", [1, 2])
+def test_gradients_are_those_of_differences(power):
+    hull = Subspace.of(VECTORS)
+    assert torch.autograd.gradcheck(lambda f: hull.distance(f, power), QUERIES[:3].clone().requires_grad_())
+
+
+@pytest.mark.parametrize("count", [5, 6])
+def test_half_of_the_dimensions_is_the_most(count):
+    """Of d = 8: 5 vectors have 4 directions, 6 have 5."""
+    drawn = torch.randn(count, 8)
+    if count == 5:
+        assert Subspace.of(drawn).basis.shape == (4, 8)
+    else:
+        with pytest.raises(ValueError, match="nearly everything would lie in it"):
+            Subspace.of(drawn)
+
+
+def test_half_precision_and_autocast_lose_nothing():
+    """A query far along the hull and near to it: the products' rounding would be larger than the distance."""
+    hull = Subspace.of(VECTORS)
+    queries = (hull.mean + 30 * hull.basis[0] + 0.01 * QUERIES).float()
+    exact = hull.distance(queries.double(), 1).float()
+    with torch.autocast("cpu", torch.bfloat16):
+        torch.testing.assert_close(hull.distance(queries, 1), exact, rtol=1e-3, atol=0)
+    half = queries.bfloat16()
+    torch.testing.assert_close(hull.distance(half, 1), hull.distance(half.double(), 1).float(), rtol=1e-3, atol=0)
+
+
+def test_what_is_not_known_is_refused():
+    with pytest.raises(ValueError, match="'afine'"):
+        Subspace.of(VECTORS, "afine")
+    with pytest.raises(ValueError, match="finite"):
+        Subspace.of(torch.full((3, 9), float("nan")))
+    with pytest.raises(ValueError, match="1 or 2"):
+        Subspace.of(VECTORS).distance(QUERIES, 3)

@@ -12,7 +12,8 @@ import torch
 from torch import Tensor
 
 from vision_peft.generation.metrics import (
-    diversity,
+    diversity_ratio,
+    fid,
     intra_cluster,
     kid,
     nearest_training,
@@ -40,9 +41,9 @@ def compare_pictures(
     Returns:
         distance/DOMAIN: mean distance of embeddings to the affine hull of the references; similarity/DOMAIN: mean cosine to held-out
         pictures (CS-I); both also of the source, as .../DOMAIN/source; similarity_least: of the worst domain; similarity/hybrid, kid/hybrid
-        where there are pictures of it; kid/DOMAIN; consistency: mean cosine of each picture to its source's; structure: of Sobel edges;
-        diversity: mean pairwise distance over the source's; intra_cluster/DOMAIN; copied/DOMAIN: share of pictures that are nearer to a
-        reference than references are to each other.
+        where there are pictures of it; kid/DOMAIN, fid/DOMAIN (biased by few pictures); consistency: mean cosine of each picture to its
+        source's; structure: of Sobel edges; diversity: mean pairwise distance over the source's; intra_cluster/DOMAIN; copied/DOMAIN: share
+        of pictures that are nearer to a reference than references are to each other.
     """
     f_source, f_adapted = encoder.many(source), encoder.many(adapted)
     found: dict[str, float] = {}
@@ -54,6 +55,7 @@ def compare_pictures(
         found[f"similarity/{name}"] = float(similarity(f_adapted, held_out))
         found[f"similarity/{name}/source"] = float(similarity(f_source, held_out))
         found[f"kid/{name}"] = kid(held_out, f_adapted)
+        found[f"fid/{name}"] = fid(held_out, f_adapted)
         found[f"intra_cluster/{name}"] = float(intra_cluster(f_adapted, references))
         found[f"copied/{name}"] = float(nearest_training(f_adapted, references).copied)
     found["similarity_least"] = min(found[f"similarity/{name}"] for name in domains)
@@ -64,5 +66,5 @@ def compare_pictures(
             found[f"kid/hybrid{suffix}"] = kid(features, own)
     found["consistency"] = float((f_source * f_adapted).sum(1).mean())
     found["structure"] = float(structure_sobel(source / 2 + 0.5, adapted.clamp(-1, 1) / 2 + 0.5).mean())
-    found["diversity"] = float(diversity(f_adapted) / diversity(f_source))
+    found["diversity"] = float(diversity_ratio(f_adapted, f_source))
     return found

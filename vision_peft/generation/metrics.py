@@ -14,6 +14,9 @@ from torch import Tensor
 
 from vision_peft.linalg.subspace import Subspace
 
+FLAT = 1e-6  # edge magnitudes up to here are rounding: a step of an 8-bit picture is 4e-3
+SAME = 1e-6  # two pictures whose cosine is within this of 1 are one picture
+
 
 def similarity(generated: Tensor, references: Tensor) -> Tensor:
     """Mean cosine over all pairs (CS-I), in [-1, 1]."""
@@ -35,6 +38,18 @@ def diversity(features: Tensor) -> Tensor:
     return torch.pdist(features.double()).mean()
 
 
+def diversity_ratio(adapted: Tensor, source: Tensor) -> Tensor:
+    """Diversity of the adapted generator's pictures over that of the source's: near 0 where it collapsed to one picture.
+
+    Raises:
+        ValueError: fewer than two pictures on a side, or a source whose pictures are all the same.
+    """
+    usual = diversity(source)
+    if usual == 0:
+        raise ValueError("the source's pictures are all the same: there is no diversity to compare with")
+    return diversity(adapted) / usual
+
+
 def intra_cluster(generated: Tensor, references: Tensor) -> Tensor:
     """Mean over references of the mean distance between the generated pictures that are nearest to it; 0 says that all are copies.
 
@@ -44,18 +59,23 @@ def intra_cluster(generated: Tensor, references: Tensor) -> Tensor:
     nearest = torch.cdist(generated.double(), references.double()).argmin(1)
     clusters = [generated[nearest == index].double() for index in range(len(references))]
     found = [torch.pdist(cluster).mean() for cluster in clusters if len(cluster) > 1]
-    return torch.stack(found).mean() if found else torch.tensor(float("nan"))
+    return torch.stack(found).mean() if found else generated.new_full((), float("nan"), dtype=torch.float64)
 
 
 def structure_sobel(source: Tensor, adapted: Tensor) -> Tensor:
     """(N,) in [0, 1]: 2 sum(p q) / (sum p^2 + sum q^2) of the edge magnitudes p and q of a pair; two pictures without any edge have 1.
 
     The formula of RSSA's SCS, on Sobel's edges instead of a trained detector's: not comparable with published figures.
+
+    Raises:
+        ValueError: no pictures, or shapes that differ: each picture is compared with its own source.
     """
     _some(source, adapted)
+    if source.shape != adapted.shape:
+        raise ValueError(f"structure compares pairs, not {tuple(source.shape)} with {tuple(adapted.shape)}")
     p, q = (_edges(images).flatten(1) for images in (source, adapted))
     both = p.square().sum(1) + q.square().sum(1)
-    return torch.where(both > 0, 2 * (p * q).sum(1) / both.clamp(min=1e-12), torch.ones_like(both))
+    return torch.where(both > 0, 2 * (p * q).sum(1) / both.clamp(min=FLAT**2), torch.ones_like(both))
 
 
 def _edges(images: Tensor) -> Tensor:
@@ -64,7 +84,8 @@ def _edges(images: Tensor) -> Tensor:
     kernel = torch.tensor([[1.0, 0, -1], [2, 0, -2], [1, 0, -1]], dtype=torch.float64, device=images.device) / 4
     padded = F.pad(grey[:, None], (1, 1, 1, 1), mode="replicate")
     both = F.conv2d(padded, torch.stack([kernel, kernel.mT])[:, None])
-    return both.norm(dim=1) / 2**0.5
+    magnitude = both.norm(dim=1) / 2**0.5
+    return torch.where(magnitude > FLAT, magnitude, 0)  # the kernel's weights add up to 1e-17, not to 0, on a flat picture
 
 
 def kid(real: Tensor, generated: Tensor) -> float:
@@ -86,6 +107,8 @@ def fid(real: Tensor, generated: Tensor) -> float:
     from torchmetrics.image.fid import FrechetInceptionDistance
 
     _some(real, generated)
+    if min(len(real), len(generated)) < 2:
+        raise ValueError("FID needs at least two pictures on each side")
     metric = FrechetInceptionDistance(feature=_Given(real.shape[1]), normalize=True).set_dtype(torch.float64)
     metric.update(real.double(), real=True)
     metric.update(generated.double(), real=False)
@@ -105,7 +128,7 @@ class _Given(torch.nn.Module):
 
 class Nearest(NamedTuple):
     """Of each generated picture the cosine to the nearest training picture (N,), which one it is (N,), and the share that is nearer than
-    training pictures are to each other (each to its nearest other; the median)."""
+    training pictures are to each other (each to its nearest other; the median). The share is nan where all of training is one picture."""
 
     cosine: Tensor
     index: Tensor
@@ -117,9 +140,12 @@ def nearest_training(generated: Tensor, training: Tensor) -> Nearest:
     _some(generated, training)
     unit, known = F.normalize(generated.double(), dim=1), F.normalize(training.double(), dim=1)
     cosine, index = (unit @ known.mT).max(1)
-    others = (known @ known.mT).fill_diagonal_(-1.0)
-    usual = others.max(1).values.median() if len(known) > 1 else torch.tensor(1.0)
-    return Nearest(cosine, index, float((cosine > usual).double().mean()))
+    others = known @ known.mT
+    # neither itself nor a copy of it is another picture: next to copies no generated picture would ever be too near
+    nearest_other = others.masked_fill(others > 1 - SAME, -torch.inf).max(1).values
+    usual = nearest_other[nearest_other.isfinite()]
+    copied = float((cosine > usual.median()).double().mean()) if len(usual) else float("nan")
+    return Nearest(cosine, index, copied)
 
 
 def _some(*features: Tensor) -> None:

@@ -49,8 +49,8 @@ def direction_loss(
     change = adapted - source
     length = change.norm(dim=1, keepdim=True).clamp(min=tau)
     if mode == "in_subspace":
-        inside = {name: change @ subspace.basis.to(change).mT for name, subspace in subspaces.items()}
-        return sum(weights[name] * (each / length).square().sum(1).mean() for name, each in inside.items())
+        moved = {name: subspace.project(adapted) - subspace.project(source) for name, subspace in subspaces.items()}
+        return sum(weights[name] * (each / length).square().sum(1).mean() for name, each in moved.items())
     ways = perpendiculars(source, subspaces)
     if mode == "combined":
         joined = torch.nn.functional.normalize(sum(weights[name] * way for name, way in ways.items()), dim=1)
