@@ -85,17 +85,12 @@ def main() -> None:
     warnings.simplefilter("ignore")
     keep_freed_memory()
     print(extraction(given.scores), flush=True)
-    paper = ["--data.patch", "96", "--data.batch_size", "2", "--model.queue", "65536"]
-    bf16 = ["--trainer.precision", "bf16-mixed"]
+    large = ["--model.backbone.name", "resnet50", "--model.queue", "65536", "--trainer.precision", "bf16-mixed"]
     rows = {
         "EfficientNet-Lite0 with LoRA, 4 pictures, crops of 64": training("task/quality_effnet.yaml"),
         "ResNet-18 whole, 4 pictures, crops of 64": training("task/quality_resnet18.yaml"),
-        "ResNet-50 whole, 2 pictures, crops of 96, bf16": training(
-            "task/quality_resnet18.yaml", "--model.backbone.name", "resnet50", *paper, *bf16
-        ),
-        "  the same with 1 worker": training(
-            "task/quality_resnet18.yaml", "--model.backbone.name", "resnet50", *paper, *bf16, "--data.num_workers", "1"
-        ),
+        "ResNet-50 whole, 4 pictures, crops of 64, bf16": training("task/quality_resnet18.yaml", *large),
+        "  the same with 1 worker": training("task/quality_resnet18.yaml", *large, "--data.num_workers", "1"),
     }
     print(columns([("training", "data, s", "step, s", "data's share"), *((name, *row) for name, row in rows.items())]))
 

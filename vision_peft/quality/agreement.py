@@ -7,6 +7,7 @@ import warnings
 
 import numpy as np
 from scipy.optimize import curve_fit
+from scipy.special import expit
 from scipy.stats import kendalltau, pearsonr, spearmanr
 
 NAMES = ("srcc", "plcc", "plcc_raw", "krcc", "rmse")
@@ -49,4 +50,4 @@ def logistic_fit(predicted: np.ndarray, opinions: np.ndarray) -> np.ndarray:
 
 
 def _logistic(x: np.ndarray, high: float, low: float, middle: float, width: float) -> np.ndarray:
-    return (high - low) / (1 + np.exp(-(x - middle) / width)) + low
+    return (high - low) * expit((x - middle) / width) + low
