@@ -70,3 +70,17 @@ def test_both_terms_together_reach_both_domains():
     start = [float(space.distance(SOURCE, 1).mean()) for space in SPACES.values()]
     assert all(now < 0.6 * before for now, before in zip(found[0.5], start))
     assert found[0.0][0] < 0.2 * start[0] and found[0.0][1] > 0.8 * start[1]
+
+
+def test_with_one_start_distances_and_directions_are_along_one_way():
+    mean = SOURCE.mean(0)
+    way = perpendiculars(mean[None], SPACES)["a"]
+    space, whole = {"a": SPACES["a"]}, {"a": 1.0}
+    moved = SOURCE + 0.3 * way
+    assert float(direction_loss(SOURCE, moved, space, whole, start=mean)) == pytest.approx(0, abs=1e-5)
+    beside = torch.linalg.qr(torch.cat([way, torch.randn(4, 30, generator=DRAW)]).mT).Q.mT[1:]  # perpendicular to the way
+    torch.testing.assert_close(
+        distance_loss(SOURCE + beside[0], space, whole, start=mean), distance_loss(SOURCE, space, whole, start=mean), rtol=1e-4, atol=1e-5
+    )
+    left = ((SPACES["a"].mean.float() - SOURCE) @ way[0]).square().mean()
+    torch.testing.assert_close(distance_loss(SOURCE, space, whole, start=mean), left, rtol=1e-4, atol=1e-5)

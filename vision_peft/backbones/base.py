@@ -7,6 +7,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from vision_peft.engine.site import Site
@@ -62,6 +63,11 @@ class Backbone(nn.Module, ABC):
     @abstractmethod
     def describe(self) -> dict[str, Any]:
         """What identifies it in a config and a card: class name, model name, weights, image size."""
+
+    def example(self) -> tuple[Any, ...]:
+        """Arguments of forward() that are the same every time: two random images. After load()."""
+        size = self.preprocess.size
+        return (torch.randn(2, 3, size, size, generator=torch.Generator().manual_seed(0)),)
 
     def unfreeze(self) -> None:
         """Train every weight, and BatchNorm's statistics where there are any: pre-training, not adaptation. After load()."""

@@ -150,6 +150,10 @@ class Diffusion(Backbone):
         """What guidance goes away from: an empty text, or DiT's class of no class."""
         return str(self.classes) if self.classes is not None else ""
 
+    def save_pipeline(self, folder: str) -> None:
+        """The whole pipeline in diffusers' layout, with the denoiser's parameters as they are now (merge() first)."""
+        self.pipeline.save_pretrained(folder)
+
     @property
     def device(self) -> torch.device:
         return next(self.network.parameters()).device

@@ -52,15 +52,14 @@ def rebuild(adapter: Path, config: Path | None) -> Backbone:
 
 
 def on_random_input(backbone: Backbone, text: bool = False) -> Callable[[nn.Module], Tensor]:
-    """A function that runs any copy of the backbone's network on two fixed random images, and two prompts with `text`."""
-    size = backbone.preprocess.size
-    images = torch.randn(2, 3, size, size, generator=torch.Generator().manual_seed(0))
+    """A function that runs any copy of the backbone's network on its example(), and on two prompts with `text`."""
+    given = backbone.example()
     tokens = backbone.tokenize(["a photo of a cat.", "a photo of a dog."]) if text else None
 
     def run(network: nn.Module) -> Tensor:
         twin = copy.copy(backbone)
         twin.__dict__["_modules"] = {**backbone._modules, "network": network}
-        features = twin(images)
+        features = twin(*given)
         return features if tokens is None else torch.cat([features, twin.encode_text(tokens)])
 
     return run

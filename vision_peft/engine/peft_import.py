@@ -59,9 +59,22 @@ def load_peft(network: nn.Module, folder: str | os.PathLike[str], sites: Sequenc
         UserError: one line naming the folder and what does not fit; the network is then as it was.
     """
     config, layers = _read(Path(folder))
+    return attach_layers(network, config, layers, sites, name, folder)
+
+
+@torch.no_grad()
+def attach_layers(
+    network: nn.Module, config: Mapping[str, Any], layers: Mapping[str, dict[str, Tensor]], sites: Sequence[Site], name: str, folder: object
+) -> AdapterSet:
+    """Attach layers as PEFT's config describes them.
+
+    Args:
+        layers: tensors by PEFT's short names, by the path of a module.
+        folder: where they are from, for messages.
+    """
     kind = str(config.get("peft_type", "")).upper()
     if kind not in _READERS:
-        raise UserError(f"{Path(folder) / CONFIG}: peft_type {kind or None} is not one of {', '.join(_READERS)}")
+        raise UserError(f"{folder}/{CONFIG}: peft_type {kind or None} is not one of {', '.join(_READERS)}")
     placed = {path: _site(path, network, sites, folder) for path in layers}
     chosen = [site for site in [*sites, *whole_sites(sites)] if site in placed.values()]
     shown = {placed[path]: (path, tensors) for path, tensors in layers.items()}

@@ -28,6 +28,7 @@ from vision_peft.generation.evaluation import Domain
 from vision_peft.generation.picture_encoder import PictureEncoder
 from vision_peft.generation.sampling import draw_noise, sample
 from vision_peft.linalg.subspace import Subspace
+from vision_peft.linalg.whitening import Whitening
 from vision_peft.tasks.directional_subspace import Mode, direction_loss, distance_loss, perpendiculars
 from vision_peft.tasks.generator import GeneratorTask
 from vision_peft.user_cache import cache_folder, keep_tensors
@@ -49,6 +50,10 @@ class HybridDomainAdaptation(GeneratorTask):
         energy: share of the references' variance that the hull spans.
         power: of the distance, 2 or 1.
         direction_mode, tau: see direction_loss().
+        ways: the shortest way to a domain begins at each `picture`'s embedding, or at the `mean` of the generator's own: what tells one
+            picture from another is then no part of the direction, nor of the distance.
+        whiten: shrinkage of a map under which embeddings of the generator's own pictures vary alike in all directions (see
+            linalg.whitening): a domain is then what these do not vary in, rather than light, pose and person; null: embeddings as they are.
         picture: weight of |x_T - x_S|, mean absolute difference of the two pictures in [-1, 1] (DiffusionCLIP's term); 0: off.
         mode: see above; `trajectory` costs `trajectory_steps` times the memory and time.
         times: shares of the noise schedule between which t is drawn: above, one step gives an average picture; below, only texture can
@@ -75,6 +80,8 @@ class HybridDomainAdaptation(GeneratorTask):
         power: Literal[1, 2] = 2,
         direction_mode: Mode = "per_domain",
         tau: float = 0.05,
+        ways: Literal["picture", "mean"] = "picture",
+        whiten: float | None = None,
         picture: float = 0.0,
         mode: Literal["one_step", "trajectory"] = "one_step",
         trajectory_steps: int = 6,
@@ -98,6 +105,9 @@ class HybridDomainAdaptation(GeneratorTask):
         self.weights_of_terms = (distance, direction)
         self.subspace, self.energy, self.power, self.direction_mode, self.tau = subspace, energy, power, direction_mode, tau
         self.picture, self.mode, self.trajectory_steps, self.times = picture, mode, trajectory_steps, times
+        self.ways, self.whiten = ways, whiten
+        self.maps: list[Whitening | None] = []
+        self.starts: list[Tensor | None] = []
         self.veil, self.measured, self.acts_below = veil, measured, times[1]
         self.spaces: list[dict[str, Subspace]] = []
         self.weights: dict[str, float] = {}
@@ -129,8 +139,16 @@ class HybridDomainAdaptation(GeneratorTask):
         with self.frozen(), torch.no_grad():
             references = {name: self._veiled(data.references(name)) if self.veil else data.references(name) for name in data.weights}
             self.bank = self._own_pictures(data.sources)
-        for encoder in self.encoders[: len(self.encoders) - self.has_judge]:
-            self.spaces.append({name: self._hull(name, encoder.many(images)) for name, images in references.items()})
+            own = [self.backbone.decode(part.to(self.device)).float().cpu() for part in self.bank.split(32)]
+        for index in range(len(self.encoders) - self.has_judge):
+            embedded = self.encoders[index].many(torch.cat(own))
+            self.maps.append(Whitening.of(embedded, self.whiten) if self.whiten is not None else None)
+            self.starts.append(self._mapped(index, embedded).mean(0) if self.ways == "mean" else None)
+            found = {name: self._mapped(index, self.encoders[index].many(images)) for name, images in references.items()}
+            self.spaces.append({name: self._hull(name, embeddings) for name, embeddings in found.items()})
+
+    def _mapped(self, index: int, embeddings: Tensor) -> Tensor:
+        return embeddings if self.maps[index] is None else self.maps[index](embeddings)
 
     def _veiled(self, images: Tensor) -> Tensor:
         """What the frozen generator sees in the pictures (n, 3, S, S) under noise at the times of training, `veil` times each."""
@@ -174,10 +192,10 @@ class HybridDomainAdaptation(GeneratorTask):
         for index, spaces in enumerate(self.spaces):
             encoder = self.encoders[index]
             with torch.no_grad():
-                f_source = encoder(source)
-            f_adapted = encoder(adapted)
-            near = distance_loss(f_adapted, spaces, self.weights, self.power)
-            straight = direction_loss(f_source, f_adapted, spaces, self.weights, self.direction_mode, self.tau)
+                f_source = self._mapped(index, encoder(source))
+            f_adapted = self._mapped(index, encoder(adapted))
+            near = distance_loss(f_adapted, spaces, self.weights, self.power, self.starts[index])
+            straight = direction_loss(f_source, f_adapted, spaces, self.weights, self.direction_mode, self.tau, self.starts[index])
             total = total + self.weights_of_terms[0] * near + self.weights_of_terms[1] * straight
             self._log_way(index, f_source, f_adapted.detach(), spaces)
         return total
@@ -208,7 +226,8 @@ class HybridDomainAdaptation(GeneratorTask):
         if not self.trainer.training:  # a calibration pass of a method logs nothing
             return
         change = torch.nn.functional.normalize(adapted - source, dim=1)
-        for name, way in perpendiculars(source, spaces).items():
+        start = source if self.starts[index] is None else self.starts[index].to(source).expand_as(source)
+        for name, way in perpendiculars(start, spaces).items():
             where = name if len(self.spaces) == 1 else f"{name}/{index}"
             self.log(f"train/distance/{where}", spaces[name].distance(adapted, 1).mean())
             self.log(f"train/cosine/{where}", (change * way).sum(1).mean())
