@@ -189,7 +189,7 @@ def test_a_dense_method_as_a_lora_of_chosen_rank(config, tmp_path, capsys, error
     said = capsys.readouterr().out
     assert "as a LoRA of rank 4: the updates are off by" in said and "vision." in said
     assert json.loads((output / "adapter_config.json").read_text())["r"] == 8  # q and v of a fused projection
-    assert "goes with --to peft only" in error_line([*export[:3], "merged", *export[4:], "--rank", "4"])
+    assert "goes with --to peft and --to diffusers only" in error_line([*export[:3], "merged", *export[4:], "--rank", "4"])
 
 
 def test_import_takes_back_what_export_wrote_for_peft(config, run_folder, tmp_path, capsys, error_line, expected):
