@@ -10,6 +10,7 @@ A layer's scale is alpha / rank, 1 where no alpha is told.
 from __future__ import annotations
 
 import json
+import math
 import os
 import re
 import warnings
@@ -23,11 +24,12 @@ from torch import Tensor, nn
 
 from vision_peft.engine.adapter_set import AdapterSet
 from vision_peft.engine.peft_import import attach_layers
+from vision_peft.engine.peft_layout import _CONV
 from vision_peft.engine.site import Site
 from vision_peft.errors import UserError, nearest
 
 METADATA = "lora_adapter_metadata"  # of diffusers, in the header
-TEXT = ("text_encoder.", "text_encoder_2.", "text_encoder_3.", "lora_te_", "lora_te1_", "lora_te2_")
+TEXT = ("text_encoder.", "text_encoder_2.", "text_encoder_3.", "lora_te_", "lora_te1_", "lora_te2_", "lora_te3_")
 _PARTS = {"lora_A": "lora_A", "lora.down": "lora_A", "lora_down": "lora_A", "lora_B": "lora_B", "lora.up": "lora_B", "lora_up": "lora_B"}
 _KEY = re.compile(r"(.+)\.(lora_A|lora_B|lora\.down|lora\.up|lora_down|lora_up)(?:\.default)?\.weight")
 _PROCESSOR = re.compile(r"(.+)\.processor\.(to_[qkv]|to_out)_lora\.(down|up)\.weight")
@@ -45,25 +47,29 @@ def load_diffusers(network: nn.Module, file: str | os.PathLike[str], sites: Sequ
     told = [key for key in tensors if key.startswith(TEXT)]
     if told:
         warnings.warn(f"{path}: {len(told)} tensors of text encoders ({told[0]}, ...) are passed over", stacklevel=2)
-    known = {each: module for each, module in network.named_modules() if hasattr(module, "weight")}
+    known = {each: module for each, module in network.named_modules() if isinstance(module, (nn.Linear, *_CONV))}
     layers: dict[str, dict[str, Tensor]] = {}
-    alphas: dict[str, float] = {}
     for key, tensor in tensors.items():
-        if key in told:
+        if key.startswith(TEXT):
             continue
-        layer, part = _parsed(key, path)
-        layer = _module(layer, known, path)
-        if part == "alpha":
-            alphas[layer] = float(tensor)
-        else:
-            layers.setdefault(layer, {})[part] = tensor.float()
+        spelled, part = _parsed(key, path)
+        layer = layers.setdefault(_module(spelled, known, path), {})
+        if part in layer:  # the same layer as unet.<path> and <path>, or as kohya spells it: which of them is meant cannot be told
+            raise UserError(f"{path}: {key!r} is the second {part} of its layer")
+        layer[part] = tensor.float()
     if not layers:
         raise UserError(f"{path}: holds no LoRA of a denoiser")
-    for layer, pair in layers.items():
-        _check(layer, pair, known[layer], path)
-        if layer in alphas:
-            pair["lora_B"] = pair["lora_B"] * (alphas[layer] / len(pair["lora_A"]))
-    config = {} if alphas else _alphas(header, path)
+    config = _alphas(header, path)
+    if config and any("alpha" in parts for parts in layers.values()):
+        raise UserError(f"{path}: tells alpha twice, in its header and as tensors")
+    widest = max((len(parts["lora_A"]) for parts in layers.values() if parts.get("lora_A", torch.empty(())).ndim), default=0)
+    for layer, parts in layers.items():
+        _check(layer, parts, known[layer], widest, path)
+        alpha = parts.pop("alpha", None)
+        if alpha is not None:
+            if alpha.numel() != 1 or not math.isfinite(alpha):
+                raise UserError(f"{path}: {layer}: alpha is not one finite number")
+            parts["lora_B"] = parts["lora_B"] * (float(alpha) / len(parts["lora_A"]))
     return attach_layers(network, {"peft_type": "LORA", **config}, layers, sites, name, path)
 
 
@@ -115,16 +121,22 @@ def _module(layer: str, known: Mapping[str, nn.Module], path: Path) -> str:
     raise UserError(f"{path}: this denoiser has no layer {layer!r}: a LoRA of another architecture?{nearest(plain, list(known))}")
 
 
-def _check(layer: str, pair: Mapping[str, Tensor], module: nn.Module, path: Path) -> None:
+def _check(layer: str, pair: Mapping[str, Tensor], module: nn.Module, widest: int, path: Path) -> None:
     for part in ("lora_A", "lora_B"):
         if part not in pair:
             raise UserError(f"{path}: {layer}: {part} (its {'down' if part == 'lora_A' else 'up'} matrix) is missing")
-    A, B = pair["lora_A"], pair["lora_B"]
-    shape = tuple(module.weight.shape)
-    fits = A.flatten(1).shape[1] == module.weight[0].numel() and B.shape[0] == shape[0] and B.flatten(1).shape[1] == len(A)
-    if not fits:
-        given = f"matrices {tuple(A.shape)} and {tuple(B.shape)}"
-        raise UserError(f"{path}: {layer}: {given} do not fit its weight {shape}: a LoRA of another architecture?")
+    A, B, shape = pair["lora_A"].shape, pair["lora_B"].shape, module.weight.shape
+    rank = B[1] if len(B) > 1 else 0
+    if not rank or _plain(A) != _plain((rank, *shape[1:])) or _plain(B) != (shape[0], rank):
+        given = f"matrices {tuple(A)} and {tuple(B)}"
+        raise UserError(f"{path}: {layer}: {given} do not fit its weight {tuple(shape)}: a LoRA of another architecture?")
+    if widest > (most := min(shape[0], math.prod(shape[1:]))):  # one method has one rank: smaller ones are padded
+        raise UserError(f"{path}: {layer}: its weight {tuple(shape)} has rank {most} at most, and the file's largest rank is {widest}")
+
+
+def _plain(shape: Sequence[int]) -> tuple[int, ...]:
+    """Without the 1 x 1 of a kernel, which is a matrix: files and denoisers have proj_in as either."""
+    return tuple(shape[:2]) if set(shape[2:]) <= {1} else tuple(shape)
 
 
 def _alphas(header: Mapping[str, str], path: Path) -> dict[str, Any]:
@@ -135,7 +147,13 @@ def _alphas(header: Mapping[str, str], path: Path) -> dict[str, Any]:
         found = json.loads(header[METADATA])
     except ValueError as error:
         raise UserError(f"{path}: its header's {METADATA} is no JSON ({error})") from error
+    if not isinstance(found, dict):
+        raise UserError(f"{path}: its header's {METADATA} is no mapping")
     plain = {key.removeprefix("unet.").removeprefix("transformer."): value for key, value in found.items()}
     if plain.get("use_dora"):
         raise UserError(f"{path}: is a DoRA, which is not known here in diffusers' layout")
+    pattern = plain.get("alpha_pattern") or {}
+    numbers = [plain.get("lora_alpha") or 0, *(pattern.values() if isinstance(pattern, dict) else [pattern])]
+    if not all(isinstance(each, (int, float)) for each in numbers) or not isinstance(pattern, dict):
+        raise UserError(f"{path}: its header's {METADATA} has an alpha that is no number")
     return {key: plain[key] for key in ("lora_alpha", "alpha_pattern", "use_rslora") if plain.get(key) is not None}

@@ -1,7 +1,8 @@
 """Write a low-rank adapter set as a LoRA file of diffusers, as its pipelines and models read it.
 
-Factors are those of PEFT's layout, with every scale folded into B. A file of factors alone has alpha = rank in diffusers and in every other
-program that reads the layout, so that there is no alpha to be lost (diffusers forgets it where metadata are missing).
+Factors are those of PEFT's layout, with every scale folded into B. A file of factors alone has alpha = rank in diffusers (from 0.40 on also
+where ranks differ) and in every other program that reads the layout, so that there is no alpha to be lost (diffusers forgets it where
+metadata are missing).
 """
 
 from __future__ import annotations
@@ -49,6 +50,10 @@ def save_diffusers(folder: str | os.PathLike[str], network: nn.Module, *, name: 
     targets = _targets(network, _factors(found, name))
     if bare := [each for each in targets if each.parameter]:
         raise UserError(f"{bare[0].path}.{bare[0].parameter}: diffusers' LoRA has no place for bare parameters: leave them out of targets")
+    if grouped := [each for each in targets if getattr(network.get_submodule(each.path), "groups", 1) > 1]:
+        # diffusers takes the rank from B's second dimension, which is rank / groups here, and fails when it loads the file
+        why = "diffusers cannot load a LoRA of a grouped convolution"
+        raise UserError(f"{grouped[0].path}: {why}: use --to pipeline, or leave it out of targets")
     tensors = {f"{prefix}.{each.path}.{key}": value for each in targets for key, value in each.tensors.items()}
     with staged_folder(folder, frozenset({WEIGHTS}), "a folder of a diffusers LoRA") as staging:
         save_file({key: value.float().cpu().contiguous().clone() for key, value in tensors.items()}, staging / WEIGHTS, {"format": "pt"})

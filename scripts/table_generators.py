@@ -1,0 +1,143 @@
+"""docs/results_generators.md: adaptation of the offline generator of faces, every run, its measures and its grids.
+
+    VISION_PEFT_DATA=... python scripts/table_generators.py --generator checkpoints/offline_ddpm/pipeline --folder checkpoints/generators
+    python scripts/table_generators.py            # the page anew, from docs/rows
+
+Runs that are finished are not repeated; one that was stopped goes on. Hybrid adaptation is measured on two pairs of domains: the source, an
+adapter of each domain alone, mixes of these two adapters, and the hybrid, all from the same 64 seeds.
+"""
+
+from __future__ import annotations
+
+import argparse
+import csv
+import shutil
+import subprocess
+import sys
+from collections.abc import Mapping
+from pathlib import Path
+
+import torch
+from sklearn.linear_model import LogisticRegression
+from torch import Tensor
+
+from vision_peft.backbones import Diffusion, Vit
+from vision_peft.data.generator_images import load_pictures, read_pictures
+from vision_peft.engine.install import activate, frozen_weights
+from vision_peft.engine.store import load_adapter, read_config
+from vision_peft.errors import UserError
+from vision_peft.generation.evaluation import Domain, compare_pictures
+from vision_peft.generation.picture_encoder import PictureEncoder
+from vision_peft.generation.sampling import draw_noise, pictures
+from vision_peft.report.picture_grid import save_grid
+
+ROOT = Path(__file__).parents[1]
+HEAD, PAGE, ROWS = ROOT / "scripts" / "results_generators_head.md", ROOT / "docs" / "results_generators.md", ROOT / "docs" / "rows"
+IMAGES, COUNT, SHOWN, SEED = "gen_faces/split.csv", 64, 9, 2
+PAIRS = {"faces": ("smile", "sunglasses"), "styles": ("sketches_tight", "sunglasses")}
+METHODS = {
+    "lora": "{class_path: LoRA, init_args: {rank: 4, alpha: 4}}",
+    "dora": "{class_path: DoRA, init_args: {rank: 4, alpha: 4}}",
+    "tlora": "{class_path: TLoRA, init_args: {transform_rank: 1, rank: 4}}",
+    "svfit": "SVFit",
+}
+RATES = {"lora": 1e-3, "dora": 1e-3, "tlora": 1e-3, "svfit": 1e-2}
+
+
+def fit(folder: Path, config: str, *words: str) -> None:
+    if (folder / "adapter").is_dir():
+        return
+    stopped = ["--resume", str(folder)] if (folder / "checkpoints" / "last.ckpt").is_file() else None
+    started = ["--config", str(ROOT / "configs" / config), "--config", str(ROOT / "configs" / "trainer" / "cpu.yaml"), "--run", str(folder)]
+    subprocess.run([sys.executable, "-m", "vision_peft.cli", "fit", *(stopped or [*started, *words])], check=True)
+
+
+def run_all(generator: Path, folder: Path) -> None:
+    name = ["--model.backbone.name", str(generator)]
+    for method, chosen in METHODS.items():
+        own = ["--adapter.method", chosen, "--model.optimizer.init_args.lr", str(RATES[method])]
+        fit(folder / f"fit_{method}", "task/generator_faces.yaml", *name, "--data.domain", "sunglasses", *own)
+    singles = dict.fromkeys(domain for pair in PAIRS.values() for domain in pair)
+    for domain in singles:
+        fit(folder / domain, "task/hybrid_faces.yaml", *name, "--data.domains", f"[{domain}]", "--data.hybrid", "null")
+    fit(folder / "faces", "task/hybrid_faces.yaml", *name)
+    both = "{sketches_tight: 1.0, sunglasses: 1.0}"
+    fit(folder / "styles", "task/hybrid_faces.yaml", *name, "--data.domains", both, "--data.hybrid", "null")
+
+
+def real(domain: str, split: str, size: int) -> Tensor:
+    return load_pictures(read_pictures(IMAGES, "images", domain, split), size).float() / 127.5 - 1
+
+
+def held_out(domain: str, size: int) -> Tensor:
+    """Pictures that were not trained on; of a style, which has none, those that were."""
+    try:
+        return real(domain, "ref", size)
+    except UserError:
+        return real(domain, "shot", size)
+
+
+class Detector:
+    """Whether a picture is of a domain, by logistic regression on features of real pictures of it and of the source."""
+
+    def __init__(self, encoder: PictureEncoder, domain: str, size: int) -> None:
+        positive = torch.cat([real(domain, "shot", size), held_out(domain, size)])
+        negative = real("source", "val", size)
+        features = encoder.many(torch.cat([positive, positive.flip(3), negative, negative.flip(3)]))
+        labels = [1] * 2 * len(positive) + [0] * 2 * len(negative)
+        self.encoder, self.model = encoder, LogisticRegression(C=10.0, class_weight="balanced", max_iter=2000).fit(features.numpy(), labels)
+
+    def share(self, images: Tensor) -> float:
+        return float(self.model.predict(self.encoder.many(images).numpy()).mean())
+
+
+def measure(generator: Path, folder: Path) -> None:
+    backbone = Diffusion(str(generator))
+    backbone.load()
+    backbone.eval()
+    size = backbone.preprocess.size
+    judge = Vit("offline:effnet_lite0", image_size=160)
+    judge.load()
+    encoder = PictureEncoder(judge)
+    noise = draw_noise(backbone, COUNT, SEED)
+    for path in sorted(folder.glob("*/adapter")):
+        load_adapter(backbone.network, path, sites=backbone.sites(), name=path.parent.name)
+
+    def show(mix: Mapping[str, float], below: float) -> Tensor:
+        if not mix:
+            with frozen_weights(backbone.network):
+                return pictures(backbone, noise, [""] * COUNT)
+        activate(backbone.network, mix)
+        return pictures(backbone, noise, [""] * COUNT, below=below)
+
+    source = show({}, 1.0)
+    rows = []
+    for pair, (first, second) in PAIRS.items():
+        below = read_config(folder / pair / "adapter")["acts_below"]
+        mixes = {f"{first} alone": {first: 1.0}, f"{second} alone": {second: 1.0}, "half of each": {first: 0.5, second: 0.5}}
+        mixes |= {"sum of both": {first: 1.0, second: 1.0}, "hybrid": {pair: 1.0}}
+        shown = {"source": source} | {title: show(mix, below) for title, mix in mixes.items()}
+        domains = {domain: Domain(real(domain, "shot", size), held_out(domain, size)) for domain in (first, second)}
+        detectors = {domain: Detector(encoder, domain, size) for domain in (first, second)}
+        hybrid = real("smile+sunglasses", "ref", size) if pair == "faces" else None
+        for title, images in shown.items():
+            found = compare_pictures(encoder, source, images, domains, hybrid)
+            found |= {f"detected/{domain}": detector.share(images) for domain, detector in detectors.items()}
+            rows += [{"pair": pair, "row": title, "measure": key, "value": value} for key, value in found.items()]
+        save_grid({title: images[:SHOWN] for title, images in shown.items()}, ROOT / "docs" / f"generators_{pair}.png")
+    domain = {"sunglasses": Domain(real("sunglasses", "shot", size), held_out("sunglasses", size))}
+    detector, shown = Detector(encoder, "sunglasses", size), {"source": source}
+    for method in METHODS:
+        shown[method] = show({f"fit_{method}": 1.0}, 1.0)
+    for title, images in shown.items():
+        found = compare_pictures(encoder, source, images, domain) | {"detected/sunglasses": detector.share(images)}
+        if title in METHODS:
+            found["trained"] = sum(each.numel() for each in backbone.network_sets[f"fit_{title}"]) if False else _numbers(folder, title)
+            found["seconds"] = _seconds(folder / f"fit_{title}")
+        rows += [{"pair": "fine-tuning", "row": title, "measure": key, "value": value} for key, value in found.items()]
+    save_grid({title: images[:SHOWN] for title, images in shown.items()}, ROOT / "docs" / "generators_fine_tuning.png")
+    with (ROWS / "generators.csv").open("w", newline="") as stream:
+        writer = csv.DictWriter(stream, ["pair", "row", "measure", "value"])
+        writer.writeheader()
+        writer.writerows(rows)
+    shutil.copy(generator.parent / "work" / "log.csv", ROWS / "generator_training.csv")
