@@ -23,7 +23,7 @@ from torch import Tensor
 
 from vision_peft.backbones import Diffusion, Vit
 from vision_peft.data.generator_images import load_pictures, read_pictures
-from vision_peft.engine.install import activate, frozen_weights
+from vision_peft.engine.install import activate, frozen_weights, installed
 from vision_peft.engine.store import load_adapter, read_config
 from vision_peft.errors import UserError
 from vision_peft.generation.evaluation import Domain, compare_pictures
@@ -132,8 +132,8 @@ def measure(generator: Path, folder: Path) -> None:
     for title, images in shown.items():
         found = compare_pictures(encoder, source, images, domain) | {"detected/sunglasses": detector.share(images)}
         if title in METHODS:
-            found["trained"] = sum(each.numel() for each in backbone.network_sets[f"fit_{title}"]) if False else _numbers(folder, title)
-            found["seconds"] = _seconds(folder / f"fit_{title}")
+            trained = installed(backbone.network)[f"fit_{title}"].num_trainable()
+            found |= {"trained": trained, "seconds": _seconds(folder / f"fit_{title}")}
         rows += [{"pair": "fine-tuning", "row": title, "measure": key, "value": value} for key, value in found.items()]
     save_grid({title: images[:SHOWN] for title, images in shown.items()}, ROOT / "docs" / "generators_fine_tuning.png")
     with (ROWS / "generators.csv").open("w", newline="") as stream:
@@ -141,3 +141,76 @@ def measure(generator: Path, folder: Path) -> None:
         writer.writeheader()
         writer.writerows(rows)
     shutil.copy(generator.parent / "work" / "log.csv", ROWS / "generator_training.csv")
+
+
+def _seconds(run: Path) -> float:
+    """Between the first and the last line of the log, which tensorboard dates."""
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    times = []
+    for file in (run / "tensorboard").glob("events*"):
+        events = EventAccumulator(str(file))
+        events.Reload()
+        times += [each.wall_time for tag in events.Tags()["scalars"] for each in events.Scalars(tag)]
+    return max(times) - min(times)
+
+
+KEPT = ("consistency", "structure", "diversity", "copied")
+SHOWN_MEASURES = {
+    "faces": ("detected", "distance", "similarity", "kid", "similarity/hybrid", "kid/hybrid", *KEPT),
+    "styles": ("detected", "distance", "similarity", "kid", *KEPT),
+    "fine-tuning": ("trained", "seconds", "detected", "kid", "similarity", *KEPT),
+}
+
+
+def table(pair: str) -> str:
+    """A row a generator; a measure of domains has a column for each."""
+    found: dict[str, dict[str, float]] = {}
+    for row in csv.DictReader((ROWS / "generators.csv").open()):
+        if row["pair"] == pair:
+            found.setdefault(row["row"], {})[row["measure"]] = float(row["value"])
+    domains = PAIRS.get(pair, ("sunglasses",))
+    columns = []
+    for measure in SHOWN_MEASURES[pair]:
+        several = [f"{measure}/{domain}" for domain in domains]
+        columns += several if any(several[0] in values for values in found.values()) else [measure]
+    lines = [f"| generator | {' | '.join(columns)} |", f"| --- |{' ---: |' * len(columns)}"]
+    for title, values in found.items():
+        lines.append(f"| {title} | {' | '.join(_cell(column, values.get(column)) for column in columns)} |")
+    return "\n".join(lines)
+
+
+def _cell(column: str, value: float | None) -> str:
+    if value is None:
+        return ""
+    if column in ("trained", "seconds"):
+        return f"{value:,.0f}"
+    return f"{100 * value:.0f} %" if column.startswith(("detected", "copied")) else f"{value:.4f}" if "kid" in column else f"{value:.3f}"
+
+
+def training() -> str:
+    lines = ["| step | loss | held-out loss | CPU seconds |", "| ---: | ---: | ---: | ---: |"]
+    rows = list(csv.reader((ROWS / "generator_training.csv").open()))
+    lines += [f"| {' | '.join(row)} |" for index, row in enumerate(rows) if index % 4 == 3 or index + 1 == len(rows)]
+    return "\n".join(lines)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--generator", type=Path, help="a pipeline of scripts/train_offline_ddpm.py")
+    parser.add_argument("--folder", type=Path, default=Path("checkpoints/generators"), help="for the runs")
+    given = parser.parse_args()
+    if given.generator is not None:
+        run_all(given.generator, given.folder)
+        measure(given.generator, given.folder)
+        work = given.generator.parent / "work"
+        shutil.copy(max(work.glob("samples_*.png")), ROOT / "docs" / "generator_samples.png")
+    text = HEAD.read_text()
+    parts = {pair: table(pair) for pair in (*PAIRS, "fine-tuning")} | {"training": training()}
+    for name, part in parts.items():
+        text = text.replace(f"{{{name}}}", part)
+    PAGE.write_text(text)
+
+
+if __name__ == "__main__":
+    main()
