@@ -32,7 +32,7 @@ TEXT = {
     "block_out_channels": (64, 128, 256),
     "layers_per_block": 1,
     "cross_attention_dim": 256,
-    "attention_head_dim": 32,
+    "attention_head_dim": (2, 4, 8),  # the number of heads, in spite of its name
     "norm_num_groups": 16,
     "down_block_types": ("CrossAttnDownBlock2D", "CrossAttnDownBlock2D", "DownBlock2D"),
     "up_block_types": ("UpBlock2D", "CrossAttnUpBlock2D", "CrossAttnUpBlock2D"),
@@ -78,6 +78,7 @@ def main() -> None:
     parser.add_argument("--batch", type=int, default=8)
     parser.add_argument("--rounds", type=int, default=7)
     parser.add_argument("--threads", type=int, default=1)
+    parser.add_argument("--shapes", nargs="+", default=list(OURS), choices=list(OURS))
     parser.add_argument("--memory", nargs=3, metavar=("VARIANT", "SHAPE", "PRECISION"), help=argparse.SUPPRESS)
     args = parser.parse_args()
     torch.set_num_threads(args.threads)
@@ -87,7 +88,7 @@ def main() -> None:
         return
     print(f"LoRA r={RANK}, {args.batch} pictures, {args.threads} thread(s), torch {torch.__version__}, {platform.machine()}, "
           f"{time.strftime('%Y-%m-%d')}")  # fmt: skip
-    for shape in OURS:
+    for shape in args.shapes:
         for precision in ("float32", "bf16"):
             words = ("--batch", str(args.batch))
             memory = {each: in_fresh_process(__file__, *words, "--memory", each, shape, precision) for each in VARIANTS}
