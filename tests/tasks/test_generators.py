@@ -22,6 +22,7 @@ from vision_peft.data.target_domains import TargetDomains
 from vision_peft.engine.store import read_config
 from vision_peft.errors import UserError
 from vision_peft.generation.sampling import draw_noise, sample
+from vision_peft.tasks.directional_subspace import distance_loss
 from vision_peft.tasks.weight_average import WeightAverage
 
 TRAINER = {"accelerator": "cpu", "enable_progress_bar": False, "num_sanity_val_steps": 0, "logger": True}
@@ -220,10 +221,10 @@ def test_domains_from_folders_and_their_weights(place, tmp_path):
 HYBRID = {"encoders": [SMALL_VIT], "measured": 4, "sample_steps": 3, "times": [0.05, 0.4]}
 
 
-@pytest.mark.parametrize("mode", ["one_step", "trajectory"])
-def test_the_hybrid_comes_nearer_to_both_domains(place, tmp_path, mode):
+@pytest.mark.parametrize("mode, ways", [("one_step", "picture"), ("trajectory", "picture"), ("one_step", "mean")])
+def test_the_hybrid_comes_nearer_to_both_domains(place, tmp_path, mode, ways):
     data = {"domains": ["red", "blue"], "sources": 16, "mirror": False}
-    model = {**HYBRID, "mode": mode, "trajectory_steps": 2}
+    model = {**HYBRID, "mode": mode, "trajectory_steps": 2, "ways": ways, "whiten": 1.0 if ways == "mean" else None}
     cli = fit(config(place, "HybridDomainAdaptation", model, data, max_steps=40, log_every_n_steps=1), tmp_path)
     first = next(row for row in csv.DictReader((tmp_path / "run" / "metrics.csv").open()) if row["train/cosine/red"])
     assert float(first["train/cosine/red"]) == 0, "an adapter that is the identity changes nothing"
@@ -231,8 +232,9 @@ def test_the_hybrid_comes_nearer_to_both_domains(place, tmp_path, mode):
 
     def distances() -> list[float]:
         with torch.no_grad():
-            features = task.encoders[0](task._walk(*task._mixed(batch)))
-        return [float(space.distance(features, 1).mean()) for space in task.spaces[0].values()]
+            features = task._mapped(0, task.encoders[0](task._walk(*task._mixed(batch))))
+        spaces, start = task.spaces[0], task.starts[0]
+        return [float(distance_loss(features, {name: space}, {name: 1.0}, 1, start)) for name, space in spaces.items()]
 
     with task.frozen():
         before = distances()
@@ -261,6 +263,7 @@ def test_hybrid_refuses_what_it_cannot_do(place, tmp_path):
         ({"generator": "text", **HYBRID}, "takes prompts"),
         ({**HYBRID, "times": [0.5, 0.2]}, "model.times"),
         ({**HYBRID, "encoders": []}, "model.encoders: is empty"),
+        ({**HYBRID, "whiten": 0.0}, "model.whiten: must be positive"),
     ):
         with pytest.raises(UserError, match=message):
             fit(config(place, "HybridDomainAdaptation", dict(model), data), tmp_path)

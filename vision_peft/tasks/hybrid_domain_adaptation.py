@@ -4,7 +4,8 @@ Source and adapted generator are one network, adapters off and on. A clean pictu
 say which clean picture they see in x_t (`one_step`), or walk from there to a clean picture by a few deterministic steps (`trajectory`).
 The two pictures, embedded by frozen encoders, give the loss (see directional_subspace). No discriminator, and no picture of the hybrid.
 
-Source: Few-shot Hybrid Domain Adaptation of Image Generators, ICLR 2024; on diffusion models as in Kim et al., DiffusionCLIP, CVPR 2022.
+Source: Few-shot Hybrid Domain Adaptation of Image Generators, ICLR 2024 (abstract; no code was released); on diffusion models as in Kim et
+al., DiffusionCLIP, CVPR 2022. `whiten`, `ways: mean` and `veil` are this project's.
 """
 
 from __future__ import annotations
@@ -97,6 +98,8 @@ class HybridDomainAdaptation(GeneratorTask):
             raise UserError("model.encoders: is empty; name at least one, e.g. a Vit offline:effnet_lite0")
         if not 0 <= times[0] < times[1] <= 1:
             raise UserError(f"model.times: must be two rising shares between 0 and 1, not {times}")
+        if whiten is not None and whiten <= 0:
+            raise UserError(f"model.whiten: must be positive (1 is a good start) or null, not {whiten}")
         if backbone.is_conditional or backbone.classes:
             raise UserError(f"model.backbone: {backbone.name} takes prompts; hybrid domain adaptation is for unconditional generators here")
         given = [*encoders, *([judge] if judge is not None else [])]
@@ -243,6 +246,6 @@ class HybridDomainAdaptation(GeneratorTask):
     def _measure(self, stage: str) -> None:
         data = self.trainer.datamodule
         domains = {name: Domain(data.shots(name), data.held_out(name)) for name in data.weights}
-        found = self.measure(self.encoders[-1], domains, self.measured, data.held_out(None))
+        found = self.measure(self.encoders[-1 if self.has_judge else 0], domains, self.measured, data.held_out(None))
         for name, value in found.items():
             self.log(f"{stage}/{name}", value, batch_size=1)
