@@ -5,8 +5,6 @@ from __future__ import annotations
 from functools import cached_property
 from typing import Literal
 
-import lightning
-import torch
 from torch.utils.data import DataLoader
 
 from vision_peft.backbones.base import Preprocess
@@ -14,16 +12,17 @@ from vision_peft.data.dataset import ImageDataset, PathDataset
 from vision_peft.data.fewshot import few_shot
 from vision_peft.data.images import list_images
 from vision_peft.data.loader import ResumableLoader
+from vision_peft.data.picture_data import PictureData
 from vision_peft.data.records import ImageSplits, Record, absent_classes
 from vision_peft.data.roots import existing
-from vision_peft.data.sampler import OrderedSampler, ResumableSampler
+from vision_peft.data.sampler import OrderedSampler
 from vision_peft.data.source import Source
 from vision_peft.data.transforms import EvalTransform, train_transform
 from vision_peft.data.verify import verify
 from vision_peft.errors import UserError
 
 
-class FewShotImages(lightning.LightningDataModule):
+class FewShotImages(PictureData):
     """Labelled pictures of a Source. Batches are (images float32 (B, 3, S, S), labels int64 (B,)).
 
     The task sets `preprocess` (its backbone's) before a loader is asked for. Last partial batches are kept. Which pictures are drawn,
@@ -138,8 +137,7 @@ class FewShotImages(lightning.LightningDataModule):
             self.predict_records = verify([Record(path, -1) for path in list_images(self.predict_folder)], self.bad_images)
 
     def train_dataloader(self) -> ResumableLoader:
-        sampler = ResumableSampler(self.train_dataset, self.seed, *self._place())
-        return ResumableLoader(self.train_dataset, batch_size=self.batch_size, sampler=sampler, **self._loading())
+        return self._training_loader(self.train_dataset)
 
     def val_dataloader(self) -> DataLoader | list[DataLoader]:
         """Without val pictures an empty list, at which Lightning leaves validation out."""
@@ -187,16 +185,6 @@ class FewShotImages(lightning.LightningDataModule):
 
     def _eval_loader(self, dataset: ImageDataset) -> DataLoader:
         return DataLoader(dataset, batch_size=self.eval_batch_size, sampler=OrderedSampler(dataset, *self._place()), **self._loading())
-
-    def _loading(self) -> dict:
-        # A generator of its own: without one a loader draws its workers' base seed from the global stream at every epoch.
-        own = torch.Generator().manual_seed(self.seed)
-        workers = {"num_workers": self.num_workers, "persistent_workers": self.num_workers > 0}
-        return {**workers, "pin_memory": torch.cuda.is_available(), "generator": own}
-
-    def _place(self) -> tuple[int, int]:
-        """(rank, world size) of this process."""
-        return (self.trainer.global_rank, self.trainer.world_size) if self.trainer is not None else (0, 1)
 
     def _preprocess(self) -> Preprocess:
         if self.preprocess is None:

@@ -9,7 +9,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-import lightning.pytorch as pl
 import torch
 from PIL import Image
 from torch import Tensor
@@ -20,9 +19,10 @@ from vision_peft.backbones.base import Preprocess
 from vision_peft.data.images import list_images, load_rgb
 from vision_peft.data.loader import ResumableLoader
 from vision_peft.data.parallel import map_threads
+from vision_peft.data.picture_data import PictureData
 from vision_peft.data.records import Record
 from vision_peft.data.roots import existing
-from vision_peft.data.sampler import Draw, OrderedSampler, ResumableSampler
+from vision_peft.data.sampler import Draw, OrderedSampler
 from vision_peft.errors import UserError, nearest
 
 
@@ -107,7 +107,7 @@ class PictureDataset(Dataset):
         return (image.flip(2) if mirrored else image).float() / 127.5 - 1
 
 
-class GeneratorImages(pl.LightningDataModule):
+class GeneratorImages(PictureData):
     """Pictures of any size, brought to the generator's.
 
     The task sets `preprocess` (its backbone's) before a loader is asked for.
@@ -179,8 +179,7 @@ class GeneratorImages(pl.LightningDataModule):
         prompts = [picture.prompt for picture in self.pictures["train"]] * self.repeat
         prior = (self.images("prior"), [each.prompt for each in self.pictures["prior"]]) if "prior" in self.pictures else None
         dataset = PictureDataset(self.images("train").repeat(self.repeat, 1, 1, 1), prompts, self.flip, self.seed, prior)
-        sampler = ResumableSampler(dataset, self.seed, *self._place())
-        return ResumableLoader(dataset, batch_size=self.batch_size, sampler=sampler, **self._loading())
+        return self._training_loader(dataset)
 
     def val_dataloader(self) -> DataLoader:
         """Of the held-out pictures; where there are none, of those that are trained on (their loss under fixed noise)."""
@@ -189,12 +188,3 @@ class GeneratorImages(pl.LightningDataModule):
         return DataLoader(dataset, batch_size=self.batch_size, sampler=OrderedSampler(dataset, *self._place()), **self._loading())
 
     test_dataloader = val_dataloader
-
-    def _loading(self) -> dict[str, Any]:
-        own = torch.Generator().manual_seed(self.seed)  # else a loader draws its workers' seed from the global stream
-        workers = {"num_workers": self.num_workers, "persistent_workers": self.num_workers > 0}
-        return {**workers, "pin_memory": torch.cuda.is_available(), "generator": own}
-
-    def _place(self) -> tuple[int, int]:
-        return (self.trainer.global_rank, self.trainer.world_size) if self.trainer is not None else (0, 1)
-

@@ -6,9 +6,7 @@ import csv
 import random
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
-import lightning.pytorch as pl
 import numpy as np
 import torch
 from lightning.pytorch.utilities import rank_zero_warn
@@ -18,10 +16,11 @@ from torch.utils.data import DataLoader, Dataset
 from vision_peft.data.images import list_images, load_rgb
 from vision_peft.data.loader import ResumableLoader
 from vision_peft.data.parallel import map_threads
+from vision_peft.data.picture_data import PictureData
 from vision_peft.data.quality_views import QualityViews
 from vision_peft.data.records import Record
 from vision_peft.data.roots import existing
-from vision_peft.data.sampler import Draw, OrderedSampler, ResumableSampler
+from vision_peft.data.sampler import Draw, OrderedSampler
 from vision_peft.errors import UserError
 
 CACHE_LIMIT = 4 * 2**30  # bytes of decoded pictures
@@ -46,7 +45,7 @@ class PairDataset(Dataset):
         return {"query": query, "key": key_crops}
 
 
-class PristineImages(pl.LightningDataModule):
+class PristineImages(PictureData):
     """Pairs of crops of whole, undistorted (or naturally distorted) pictures. Batches are PairDataset's items, stacked.
 
     Pictures too small for a pair at half size are left out, with a warning. Nothing is resized or normalised.
@@ -98,8 +97,7 @@ class PristineImages(pl.LightningDataModule):
 
     def train_dataloader(self) -> ResumableLoader:
         dataset = PairDataset(self._pictures["train"], self.views, self.seed)
-        sampler = ResumableSampler(dataset, self.seed, *self._place())
-        return ResumableLoader(dataset, batch_size=self.batch_size, sampler=sampler, **self._loading())
+        return self._training_loader(dataset)
 
     def val_dataloader(self) -> DataLoader | list[DataLoader]:
         if not self._pictures["val"]:
@@ -130,14 +128,6 @@ class PristineImages(pl.LightningDataModule):
         """A picture, or its path where it is to be decoded at each use, and its height and width."""
         pixels = np.asarray(load_rgb(Record(path, -1)))
         return pixels if self.cache_images else path, pixels.shape[:2]
-
-    def _loading(self) -> dict[str, Any]:
-        own = torch.Generator().manual_seed(self.seed)  # else a loader draws its workers' seed from the global stream
-        workers = {"num_workers": self.num_workers, "persistent_workers": self.num_workers > 0}
-        return {**workers, "pin_memory": torch.cuda.is_available(), "generator": own}
-
-    def _place(self) -> tuple[int, int]:
-        return (self.trainer.global_rank, self.trainer.world_size) if self.trainer is not None else (0, 1)
 
 
 def pictures_of(file: Path, split: str) -> list[Path]:

@@ -4,10 +4,7 @@ from __future__ import annotations
 
 import random
 from functools import cached_property
-from typing import Any
 
-import lightning
-import torch
 from torch.utils.data import DataLoader
 
 from vision_peft.backbones.base import Preprocess
@@ -21,15 +18,16 @@ from vision_peft.data.mask_labels import MaskKind
 from vision_peft.data.mask_presets import NORMALIZATIONS, PRESETS, NormalizeName, PresetName
 from vision_peft.data.mask_records import MaskRecord, read_mask_csv
 from vision_peft.data.parallel import map_threads
+from vision_peft.data.picture_data import PictureData
 from vision_peft.data.pixels import DICOM, NIFTI, list_slices
 from vision_peft.data.roots import existing
-from vision_peft.data.sampler import OrderedSampler, ResumableSampler
+from vision_peft.data.sampler import OrderedSampler
 from vision_peft.errors import UserError
 
 CACHE_LIMIT = 6 * 2**30  # bytes
 
 
-class SegmentationImages(lightning.LightningDataModule):
+class SegmentationImages(PictureData):
     """Pictures with masks, listed in a CSV file.
 
     Training batches are dicts of MaskDataset's items, stacked; evaluation batches are lists of Case. The task sets `preprocess` (its
@@ -135,8 +133,7 @@ class SegmentationImages(lightning.LightningDataModule):
                 self._pictures[split] = self._decoded(split)
 
     def train_dataloader(self) -> ResumableLoader:
-        sampler = ResumableSampler(self.train_dataset, self.seed, *self._place())
-        return ResumableLoader(self.train_dataset, batch_size=self.batch_size, sampler=sampler, **self._loading())
+        return self._training_loader(self.train_dataset)
 
     def val_dataloader(self) -> DataLoader | list[DataLoader]:
         return self._cases("val") if self.splits["val"] else []
@@ -215,11 +212,3 @@ class SegmentationImages(lightning.LightningDataModule):
                 raise UserError(f"data.train_images: is {self.train_images}, but {self.file} has {len(train)} training pictures")
             train = random.Random(f"train/{self.seed}").sample(train, self.train_images)
         return {**splits, "train": train}
-
-    def _loading(self) -> dict[str, Any]:
-        own = torch.Generator().manual_seed(self.seed)  # else a loader draws its workers' seed from the global stream
-        workers = {"num_workers": self.num_workers, "persistent_workers": self.num_workers > 0}
-        return {**workers, "pin_memory": torch.cuda.is_available(), "generator": own}
-
-    def _place(self) -> tuple[int, int]:
-        return (self.trainer.global_rank, self.trainer.world_size) if self.trainer is not None else (0, 1)

@@ -5,7 +5,6 @@ from __future__ import annotations
 import random
 from typing import Any, Literal
 
-import lightning.pytorch as pl
 import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
@@ -13,8 +12,9 @@ from torch.utils.data import DataLoader, Dataset
 from vision_peft.backbones.base import Preprocess
 from vision_peft.data.generator_images import Picture, load_pictures, read_pictures
 from vision_peft.data.loader import ResumableLoader
+from vision_peft.data.picture_data import PictureData
 from vision_peft.data.roots import existing
-from vision_peft.data.sampler import Draw, ResumableSampler
+from vision_peft.data.sampler import Draw
 from vision_peft.errors import UserError, nearest
 
 
@@ -32,7 +32,7 @@ class DrawDataset(Dataset):
         return {"source": index, "seed": random.Random(f"{self.seed}/{epoch}/{index}").getrandbits(62)}
 
 
-class TargetDomains(pl.LightningDataModule):
+class TargetDomains(PictureData):
     """References of the domains; no picture of their hybrid is needed.
 
     Args:
@@ -91,10 +91,7 @@ class TargetDomains(pl.LightningDataModule):
         return self._load(self.hybrid if name is None else self.measured[name])
 
     def train_dataloader(self) -> ResumableLoader:
-        dataset = DrawDataset(self.sources, self.seed)
-        sampler = ResumableSampler(dataset, self.seed, *self._place())
-        own = torch.Generator().manual_seed(self.seed)
-        return ResumableLoader(dataset, batch_size=self.batch_size, sampler=sampler, generator=own)
+        return self._training_loader(DrawDataset(self.sources, self.seed))
 
     def val_dataloader(self) -> DataLoader:
         """One item: what is measured is drawn by the task."""
@@ -112,9 +109,6 @@ class TargetDomains(pl.LightningDataModule):
     def _load(self, pictures: list[Picture]) -> Tensor:
         size = self.preprocess.size
         return load_pictures(pictures, size, self.fit).float() / 127.5 - 1 if pictures else torch.zeros(0, 3, size, size)
-
-    def _place(self) -> tuple[int, int]:
-        return (self.trainer.global_rank, self.trainer.world_size) if self.trainer is not None else (0, 1)
 
 
 def _of_domain(images: str, key: str, name: str, split: str | None) -> list[Picture]:
