@@ -23,6 +23,7 @@ from vision_peft.engine.targets import resolve
 
 HEAD, PAGE = Path("scripts/results_segmentation_head.md"), Path("docs/results_segmentation.md")
 ROWS = {"drive": Path("docs/rows/segmentation_drive.csv"), "nuclei": Path("docs/rows/segmentation_nuclei.csv")}
+MEMORY = Path("docs/rows/segmentation_memory.csv")  # by /usr/bin/time, see the page
 STEPS_AN_EPOCH = {"drive": 20, "nuclei": 24}  # items over the batch size
 STEPS = 150
 COLUMNS = ("dice_image", "dice_pooled", "auc", "cldice", "hd95_pooled", "hd95_max")
@@ -41,13 +42,14 @@ def table(name: str) -> str:
     rows = [row for row in read(name) if "error" not in row]
     methods = {method: [row for row in rows if row["method"] == method] for method in dict.fromkeys(row["method"] for row in rows)}
     ordered = sorted(methods, key=lambda method: -statistics.mean(row["test/dice_image"] for row in methods[method]))
-    names = [*COLUMNS, "seeds", "trained", "s an epoch", "MiB"]
+    memory = {row["method"]: row["mib"] for row in csv.DictReader(MEMORY.open())} if name == "drive" else {}
+    names = [*COLUMNS, "seeds", "trained", "s an epoch", *(["MiB"] if memory else [])]
     lines = [f"| method | {' | '.join(names)} |", f"| --- |{' ---: |' * len(names)}"]
     for method in ordered:
         own = methods[method]
         cells = [_spread([row[f"test/{column}"] for row in own], 1 if column.startswith("hd95") else 3) for column in COLUMNS]
         seconds = statistics.median(row["seconds"] for row in own) * STEPS_AN_EPOCH[name] / STEPS
-        cells += [str(len(own)), f"{own[0]['trainable']:,.0f}", f"{seconds:.0f}", f"{max(row['mib'] for row in own):.0f}"]
+        cells += [str(len(own)), f"{own[0]['trainable']:,.0f}", f"{seconds:.0f}", *([memory[method]] if memory else [])]
         lines.append(f"| {method} | {' | '.join(cells)} |")
     failed = [f"failed: {row['method']}, seed {row['seed']:g}: {row['error']}" for row in read(name) if "error" in row]
     return "\n".join([*lines, *failed])
