@@ -28,7 +28,7 @@ from vision_peft.errors import UserError
 from vision_peft.quality.natural_scenes import NaturalScenes
 
 SMALLEST = 32  # pixels of the half-size picture's shorter side
-LARGEST = 2**23  # pixels at once, without tiles: a frame of 4K; a convolutional network takes 2 GiB for it, a transformer half an hour
+LARGEST = 2**23  # pixels at once, without tiles: a frame of 4K; memory grows with pixels, a transformer's time with their square
 RANDOM = "random:"
 
 
