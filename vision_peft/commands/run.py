@@ -23,6 +23,7 @@ from vision_peft.commands.config_errors import one_line, users_fault
 from vision_peft.commands.config_merge import merge_configs
 from vision_peft.engine.callback import AdapterCallback
 from vision_peft.engine.checkpoint import AtomicCheckpointIO, LatestCheckpoint
+from vision_peft.engine.precision import computable
 from vision_peft.errors import UserError
 from vision_peft.tasks.base import Task
 
@@ -54,6 +55,7 @@ class RunCLI(LightningCLI):
         folder = self._get(self.config, "run")
         trainer = self._get(self.config_init, "trainer")
         kwargs["default_root_dir"] = folder
+        kwargs["precision"] = computable(trainer.get("precision"), trainer.get("accelerator"))
         callbacks = _as_list(trainer.get("callbacks"))
         if trainer.get("logger") in (None, True):
             kwargs["logger"] = self._loggers(Path(folder))

@@ -9,6 +9,7 @@ Source: Saha, Mishra, Bovik, "Re-IQA: Unsupervised Learning for Image Quality As
 from __future__ import annotations
 
 import hashlib
+import warnings
 from collections.abc import Sequence
 from itertools import pairwise
 from pathlib import Path
@@ -24,6 +25,7 @@ from vision_peft.backbones.vit import Vit
 from vision_peft.engine import store
 from vision_peft.engine.fingerprint import fingerprint
 from vision_peft.engine.install import merge
+from vision_peft.engine.precision import cpu_has_bfloat16
 from vision_peft.errors import UserError
 from vision_peft.quality.natural_scenes import NaturalScenes
 
@@ -66,6 +68,8 @@ class Encoder:
     ) -> None:  # fmt: skip
         self.name, self.device, self.width, self.marks = name, device, backbone.num_features, marks
         self.tile, self.bf16 = tile, bf16
+        if bf16 and device == "cpu" and not cpu_has_bfloat16():
+            warnings.warn(f"bf16: {name}: this processor has no bfloat16 instructions and takes many times as long", stacklevel=2)
         self.backbone = backbone.eval().to(device)
         self.patch = backbone.network.patch_embed.patch_size[0] if backbone.is_transformer else 1
         self.mean, self.std = (torch.tensor(each)[:, None, None] for each in (mean, std))
