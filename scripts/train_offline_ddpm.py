@@ -139,7 +139,7 @@ def main() -> None:
     parser.add_argument("--images", default="gen_faces/split.csv", help="CSV with path, split and (not necessarily) domain")
     parser.add_argument("--domain", default="source", help="rows that count, where the CSV has domains")
     parser.add_argument("--folder", type=Path, default=Path("checkpoints/offline_ddpm"))
-    parser.add_argument("--steps", type=int, default=7000, help="of 8 pictures")
+    parser.add_argument("--steps", type=int, default=5000, help="of 8 pictures")
     given = parser.parse_args()
     pictures = read(given.images, given.domain)
     unet = train(pictures, given.folder, given.steps)

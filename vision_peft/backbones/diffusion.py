@@ -6,6 +6,8 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
+from diffusers import AutoencoderKL
+from diffusers.models.autoencoders.vae import DiagonalGaussianDistribution
 from torch import Tensor
 
 from vision_peft.backbones.base import Backbone, Preprocess
@@ -109,16 +111,29 @@ class Diffusion(Backbone):
         """The clean x that the denoiser sees in x at t, in one step, in float32."""
         return self.noise.clean(self(x, t, condition).float(), x, t)
 
-    def encode(self, images: Tensor, generator: torch.Generator | None = None) -> Tensor:
-        """x of pictures (B, 3, H, W) in [-1, 1]; with a `generator` a sample of the autoencoder's posterior, else its mode."""
+    def posterior(self, images: Tensor) -> Tensor:
+        """What the autoencoder says of pictures (B, 3, H, W) in [-1, 1], for draw(): of a variational one mean and log-variance of latents.
+
+        Pictures themselves where there is no autoencoder.
+        """
         if not self.has_autoencoder:
             return images
         found = self.vae.encode(images)
-        if hasattr(found, "latent_dist"):
-            latents = found.latent_dist.mode() if generator is None else found.latent_dist.sample(generator)
-        else:
-            latents = found.latents
+        return found.latent_dist.parameters if hasattr(found, "latent_dist") else found.latents
+
+    def draw(self, posterior: Tensor, generator: torch.Generator | None = None) -> Tensor:
+        """x (B, C, h, w) from posterior(): with a `generator` a sample, else the mode."""
+        if not self.has_autoencoder:
+            return posterior
+        latents = posterior
+        if isinstance(self.vae, AutoencoderKL):
+            gaussian = DiagonalGaussianDistribution(posterior)
+            latents = gaussian.mode() if generator is None else gaussian.sample(generator)
         return (latents - (getattr(self.vae.config, "shift_factor", None) or 0.0)) * self.vae.config.scaling_factor
+
+    def encode(self, images: Tensor, generator: torch.Generator | None = None) -> Tensor:
+        """x of pictures (B, 3, H, W) in [-1, 1]."""
+        return self.draw(self.posterior(images), generator)
 
     def decode(self, x: Tensor) -> Tensor:
         """Pictures (B, 3, H, W) in [-1, 1], differentiable; not clipped."""
@@ -183,8 +198,11 @@ def _text_condition(pipeline: Any, prompts: list[str], device: torch.device, siz
         return {"encoder_hidden_states": hidden}
     if kind == "PixArtTransformer2DModel":
         hidden, mask, _, _ = pipeline.encode_prompt(prompts, do_classifier_free_guidance=False, device=device)
-        none = {"resolution": None, "aspect_ratio": None}
-        return {"encoder_hidden_states": hidden, "encoder_attention_mask": mask, "added_cond_kwargs": none}
+        found = {"encoder_hidden_states": hidden, "encoder_attention_mask": mask}
+        if pipeline.transformer.use_additional_conditions:  # PixArt-alpha of 1024 pixels
+            side, ratio = torch.full((len(prompts), 2), float(size), device=device), torch.ones(len(prompts), 1, device=device)
+            found["added_cond_kwargs"] = {"resolution": side.to(hidden.dtype), "aspect_ratio": ratio.to(hidden.dtype)}
+        return found
     if kind == "SD3Transformer2DModel":
         hidden, _, pooled, _ = pipeline.encode_prompt(prompts, None, None, do_classifier_free_guidance=False, device=device)
         return {"encoder_hidden_states": hidden, "pooled_projections": pooled}

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import csv
 import random
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, Protocol
 
 import torch
 from PIL import Image
@@ -82,35 +82,72 @@ def _square(picture: Picture, size: int, fit: str) -> Tensor:
     return pil_to_tensor(image.resize((size, size), Image.Resampling.BICUBIC))
 
 
-class PictureDataset(Dataset):
-    """{image (3, S, S) in [-1, 1], prompt}; with prior pictures also {prior_image, prior_prompt}, drawn by seed, epoch and index."""
+class Shown(Protocol):
+    """Pictures as a step of training takes them."""
 
-    def __init__(
-        self, images: Tensor, prompts: Sequence[str], flip: bool, seed: int, prior: tuple[Tensor, Sequence[str]] | None = None
-    ) -> None:
-        self.images, self.prompts, self.flip, self.seed, self.prior = images, list(prompts), flip, seed, prior
+    def __len__(self) -> int: ...
+
+    def __call__(self, index: int, mirrored: bool) -> Tensor: ...
+
+
+class Plain:
+    """(3, S, S) in [-1, 1] of uint8 (N, 3, S, S)."""
+
+    def __init__(self, images: Tensor) -> None:
+        self.images = images
 
     def __len__(self) -> int:
         return len(self.images)
 
+    def __call__(self, index: int, mirrored: bool) -> Tensor:
+        image = self.images[index]
+        return (image.flip(2) if mirrored else image).float() / 127.5 - 1
+
+
+class Encoded:
+    """(C, h, w): what an encoder said of each picture and, where these are shown, of its mirror picture."""
+
+    def __init__(self, images: Tensor, encode: Callable[[Tensor], Tensor], mirrored: bool) -> None:
+        self.views = [encode(images), encode(images.flip(3))] if mirrored else [encode(images)]
+
+    def __len__(self) -> int:
+        return len(self.views[0])
+
+    def __call__(self, index: int, mirrored: bool) -> Tensor:
+        return self.views[mirrored][index]
+
+
+class PictureDataset(Dataset):
+    """{image, prompt}, `repeat` times; with prior pictures also {prior_image, prior_prompt}, drawn by seed, epoch and index."""
+
+    def __init__(
+        self, images: Shown, prompts: Sequence[str], flip: bool, seed: int, repeat: int = 1,
+        prior: tuple[Shown, Sequence[str]] | None = None,
+    ) -> None:  # fmt: skip
+        self.images, self.prompts, self.flip, self.seed, self.repeat, self.prior = images, list(prompts), flip, seed, repeat, prior
+
+    def __len__(self) -> int:
+        return len(self.images) * self.repeat
+
     def __getitem__(self, key: int | Draw) -> dict[str, Any]:
         index, epoch = key if isinstance(key, tuple) else (key, -1)
         draw = random.Random(f"{self.seed}/{epoch}/{index}")
-        found = {"image": self._shown(self.images[index], draw, epoch >= 0), "prompt": self.prompts[index]}
+        own = index % len(self.images)
+        found = {"image": self.images(own, self._mirrored(draw, epoch >= 0)), "prompt": self.prompts[own]}
         if self.prior is not None:
             other = draw.randrange(len(self.prior[0]))
-            found |= {"prior_image": self._shown(self.prior[0][other], draw, True), "prior_prompt": self.prior[1][other]}
+            found |= {"prior_image": self.prior[0](other, self._mirrored(draw, True)), "prior_prompt": self.prior[1][other]}
         return found
 
-    def _shown(self, image: Tensor, draw: random.Random, training: bool) -> Tensor:
-        mirrored = self.flip and training and draw.random() < 0.5
-        return (image.flip(2) if mirrored else image).float() / 127.5 - 1
+    def _mirrored(self, draw: random.Random, training: bool) -> bool:
+        return self.flip and training and draw.random() < 0.5
 
 
 class GeneratorImages(PictureData):
     """Pictures of any size, brought to the generator's.
 
-    The task sets `preprocess` (its backbone's) before a loader is asked for.
+    The task sets `preprocess` (its backbone's) before a loader is asked for, and `encode` where batches should hold what an encoder says of
+    pictures (uint8 (N, 3, S, S)) instead of the pictures.
 
     Args:
         images: folder, or CSV file with path and, where it has them, domain, split and prompt; relative paths start at VISION_PEFT_DATA.
@@ -155,6 +192,7 @@ class GeneratorImages(PictureData):
         if prior is not None:
             self.pictures["prior"] = read_pictures(prior, "data.prior", prior_domain, prior_split, prior_prompt)
         self.preprocess: Preprocess | None = None
+        self.encode: Callable[[Tensor], Tensor] | None = None
         self._loaded: dict[str, Tensor] = {}
 
     @property
@@ -176,15 +214,20 @@ class GeneratorImages(PictureData):
         return self._loaded[part]
 
     def train_dataloader(self) -> ResumableLoader:
-        prompts = [picture.prompt for picture in self.pictures["train"]] * self.repeat
-        prior = (self.images("prior"), [each.prompt for each in self.pictures["prior"]]) if "prior" in self.pictures else None
-        dataset = PictureDataset(self.images("train").repeat(self.repeat, 1, 1, 1), prompts, self.flip, self.seed, prior)
-        return self._training_loader(dataset)
+        prior = (self._shown("prior", self.flip), self._prompts("prior")) if "prior" in self.pictures else None
+        shown = self._shown("train", self.flip)
+        return self._training_loader(PictureDataset(shown, self._prompts("train"), self.flip, self.seed, self.repeat, prior))
 
     def val_dataloader(self) -> DataLoader:
         """Of the held-out pictures; where there are none, of those that are trained on (their loss under fixed noise)."""
         part = "val" if "val" in self.pictures else "train"
-        dataset = PictureDataset(self.images(part), [picture.prompt for picture in self.pictures[part]], False, self.seed)
+        dataset = PictureDataset(self._shown(part, False), self._prompts(part), False, self.seed)
         return DataLoader(dataset, batch_size=self.batch_size, sampler=OrderedSampler(dataset, *self._place()), **self._loading())
+
+    def _shown(self, part: str, mirrored: bool) -> Shown:
+        return Plain(self.images(part)) if self.encode is None else Encoded(self.images(part), self.encode, mirrored)
+
+    def _prompts(self, part: str) -> list[str]:
+        return [picture.prompt for picture in self.pictures[part]]
 
     test_dataloader = val_dataloader

@@ -16,10 +16,11 @@ from lightning.pytorch.cli import OptimizerCallable
 from torch import Tensor
 
 from vision_peft.backbones.base import Backbone
-from vision_peft.backbones.diffusion import Condition, Diffusion
+from vision_peft.backbones.diffusion import Diffusion
 from vision_peft.errors import UserError
 from vision_peft.generation.evaluation import Domain
 from vision_peft.generation.picture_encoder import PictureEncoder
+from vision_peft.tasks.frozen_encodings import FrozenEncodings
 from vision_peft.tasks.generator import GeneratorTask
 
 VALIDATION_SEED = 12345
@@ -34,6 +35,8 @@ class DiffusionFineTuning(GeneratorTask):
         measured: pictures that are generated for them.
         snr_gamma: of min-SNR weighting; null: all times weigh the same.
         prior_weight: of the pictures of the class, where data gives them.
+        cache: what the frozen autoencoder says of pictures is computed once (exactly: of a variational one the posterior is kept), and
+            what text encoders say of prompts; `disk` keeps both for later runs, `off` encodes pictures anew at every step.
         others: see GeneratorTask.
     """
 
@@ -46,6 +49,7 @@ class DiffusionFineTuning(GeneratorTask):
         warmup_steps: int = 0,
         snr_gamma: float | None = 5.0,
         prior_weight: float = 1.0,
+        cache: Literal["memory", "disk", "off"] = "memory",
         judge: Backbone | None = None,
         measured: int = 32,
         average: float | None = None,
@@ -62,7 +66,8 @@ class DiffusionFineTuning(GeneratorTask):
             backbone.noise.min_snr(torch.zeros(1, dtype=torch.long), snr_gamma)  # says where it is not defined
         self.snr_gamma, self.prior_weight, self.measured = snr_gamma, prior_weight, measured
         object.__setattr__(self, "_judge", judge)  # read in build()
-        self._told: dict[str, Condition] = {}
+        self.cache = cache
+        self.encodings = FrozenEncodings(backbone, "disk" if cache == "disk" else "memory")
 
     def build(self, data: pl.LightningDataModule) -> None:
         if data is None:
@@ -77,7 +82,14 @@ class DiffusionFineTuning(GeneratorTask):
     def prepare(self, trainer: pl.Trainer) -> None:
         super().prepare(trainer)
         if trainer.datamodule is not None:
-            trainer.datamodule.preprocess = self.backbone.preprocess  # every time: a test may bring a data module of its own
+            # every time: a test may bring a data module of its own
+            trainer.datamodule.preprocess = self.backbone.preprocess
+            trainer.datamodule.encode = self.encodings.posteriors if self._is_encoded else None
+
+    @property
+    def _is_encoded(self) -> bool:
+        """Whether batches hold posteriors instead of pictures."""
+        return self.cache != "off" and self.backbone.has_autoencoder
 
     def loss(self, batch: dict[str, Any]) -> Tensor:
         loss = self._error(batch["image"], batch["prompt"])
@@ -102,34 +114,16 @@ class DiffusionFineTuning(GeneratorTask):
         self.log_dict({f"test/{name}": value for name, value in self.measure(self.judge, {"domain": domain}, self.measured).items()})
 
     def _error(self, images: Tensor, prompts: list[str], draw: torch.Generator | None = None) -> Tensor:
-        """Mean weighted squared error of pictures (B, 3, S, S) in [-1, 1].
+        """Mean weighted squared error of pictures (B, 3, S, S) in [-1, 1], or of what the autoencoder says of them.
 
         Args:
             draw: of noise and times; None: the global stream, whose state checkpoints hold.
         """
         with torch.no_grad():
-            clean = self.backbone.encode(images, draw or torch.default_generator).float()
+            drawn = self.backbone.draw if self._is_encoded else self.backbone.encode
+            clean = drawn(images, draw or torch.default_generator).float()
         noise = torch.randn(clean.shape, generator=draw).to(clean)
         t = torch.randint(0, self.backbone.noise.steps, (len(clean),), generator=draw).to(clean.device)
-        output = self.backbone(self.backbone.noise.mix(clean, noise, t), t, self._condition(prompts)).float()
+        output = self.backbone(self.backbone.noise.mix(clean, noise, t), t, self.encodings.condition(prompts)).float()
         each = (output - self.backbone.noise.target(clean, noise, t)).square().flatten(1).mean(1)
         return (each if self.snr_gamma is None else each * self.backbone.noise.min_snr(t, self.snr_gamma)).mean()
-
-    def _condition(self, prompts: list[str]) -> Condition:
-        """Each text is encoded once: text encoders are frozen."""
-        if not (self.backbone.is_conditional or self.backbone.classes):
-            return self.backbone.condition(prompts)
-        for prompt in dict.fromkeys(prompts):
-            if prompt not in self._told:
-                self._told[prompt] = self.backbone.condition([prompt])
-        return _joined([self._told[prompt] for prompt in prompts])
-
-
-def _joined(conditions: list[Condition]) -> Condition:
-    """One of a batch from those of single prompts."""
-    first = conditions[0]
-    found: Condition = {}
-    for key, value in first.items():
-        each = [condition[key] for condition in conditions]
-        found[key] = _joined(each) if isinstance(value, dict) else value if value is None else torch.cat(each)
-    return found
