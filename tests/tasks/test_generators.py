@@ -243,7 +243,7 @@ def test_the_hybrid_comes_nearer_to_both_domains(place, tmp_path, mode, ways):
 
     def distances() -> list[float]:
         with torch.no_grad():
-            features = task._mapped(0, task.encoders[0](task._walk(*task._mixed(batch))))
+            features = task._mapped(0, task.encoders[0](task._walk(*task._mixed(batch), {})))
         spaces, start = task.spaces[0], task.starts[0]
         return [float(distance_loss(features, {name: space}, {name: 1.0}, 1, start)) for name, space in spaces.items()]
 
@@ -255,6 +255,26 @@ def test_the_hybrid_comes_nearer_to_both_domains(place, tmp_path, mode, ways):
     assert cli.trainer.callback_metrics["val/consistency"] <= 1
 
 
+@pytest.mark.parametrize("generator, prompts", [("text", ["a b", "c"]), ("classes", ["1", "4"])])
+def test_generators_with_prompts_start_from_pictures_of_them(place, tmp_path, monkeypatch, generator, prompts):
+    monkeypatch.setenv("VISION_PEFT_CACHE", str(tmp_path / "cache"))  # or an earlier run would answer
+    data = {"domains": ["red", "blue"], "sources": 4, "mirror": False, "prompts": prompts}
+    model = {**HYBRID, "generator": generator, "guidance": 2.0, "veil": 1}
+    cli = fit(config(place, "HybridDomainAdaptation", model, data, max_steps=2, adapter={"targets": ["attn"]}), tmp_path)
+    task = cli.model
+    noise = draw_noise(task.backbone, 4, 1)
+    told, free = (task.backbone.condition(words * 2) for words in (prompts, [task.backbone.no_prompt] * 2))
+    with task.frozen():
+        torch.testing.assert_close(task.bank, sample(task.backbone, noise, told, 3, 2.0, free), rtol=1e-3, atol=1e-3)
+    assert not torch.allclose(task.bank[0], task.bank[1], atol=1e-2)
+    told = {name: value[1:2] if torch.is_tensor(value) else value for name, value in told.items()}
+    with task.frozen(), torch.no_grad():  # the second of the generator's own pictures goes with the second prompt
+        x, t = task._mixed({"source": torch.tensor([1]), "seed": torch.tensor([7])})
+        expected = task.backbone.decode(task.backbone.clean(x, t, told))
+        asked = task.encodings.condition([task.prompts_shown(cli.datamodule, 4)[1]])
+        torch.testing.assert_close(task.backbone.decode(task._walk(x, t, asked)), expected, rtol=1e-4, atol=1e-4)
+
+
 def test_without_adapters_the_change_is_exactly_nothing(place, tmp_path):
     """Both passes of a pair use the same x, t and kernels; what is left of the loss is the distance alone plus one for the direction."""
     data = {"domains": {"red": 1.0}, "sources": 4}
@@ -263,7 +283,7 @@ def test_without_adapters_the_change_is_exactly_nothing(place, tmp_path):
     with cli.model.frozen():
         loss = cli.model.loss(batch)
         x, t = cli.model._mixed(batch)
-        features = cli.model.encoders[0](cli.model._walk(x, t))
+        features = cli.model.encoders[0](cli.model._walk(x, t, {}))
     expected = cli.model.spaces[0]["red"].distance(features).mean() + 1
     torch.testing.assert_close(loss, expected.to(loss))
 
@@ -271,7 +291,7 @@ def test_without_adapters_the_change_is_exactly_nothing(place, tmp_path):
 def test_hybrid_refuses_what_it_cannot_do(place, tmp_path):
     data = {"domains": ["red"], "sources": 4}
     for model, message in (
-        ({"generator": "text", **HYBRID}, "takes prompts"),
+        ({**HYBRID, "guidance": 2.0}, "model.guidance: is for models that take prompts"),
         ({**HYBRID, "times": [0.5, 0.2]}, "model.times"),
         ({**HYBRID, "encoders": []}, "model.encoders: is empty"),
         ({**HYBRID, "whiten": 0.0}, "model.whiten: must be positive"),

@@ -45,6 +45,8 @@ class TargetDomains(PictureData):
         mirror: mirrored references are references, too.
         fit: other shapes give their middle square (`crop`) or are squashed.
         sources: of the generator's own pictures that training starts from.
+        prompts: that these are drawn by, in turn, where the generator takes prompts (numbers of classes for DiT): what they show, without
+            a name of the domain; null: the empty one.
         batch_size: of these, a device and step.
         seed: of order, noise and times.
     """
@@ -59,6 +61,7 @@ class TargetDomains(PictureData):
         mirror: bool = True,
         fit: Literal["crop", "squash"] = "crop",
         sources: int = 128,
+        prompts: list[str] | None = None,
         batch_size: int = 4,
         seed: int = 1,
     ) -> None:
@@ -75,7 +78,7 @@ class TargetDomains(PictureData):
         self.measured = {name: self._measured(images, name, held_out) for name in self.weights}
         self.hybrid = _of_domain(images, "data.hybrid", hybrid, held_out) if hybrid is not None else []
         self.preprocess: Preprocess | None = None
-        self.prompts = [""]
+        self.prompts = prompts or [""]
 
     def shots(self, name: str) -> Tensor:
         """(n, 3, S, S) in [-1, 1]."""

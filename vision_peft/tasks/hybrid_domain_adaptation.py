@@ -21,7 +21,7 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from vision_peft.backbones.base import Backbone
-from vision_peft.backbones.diffusion import Diffusion
+from vision_peft.backbones.diffusion import Condition, Diffusion
 from vision_peft.data.target_domains import describe_domains
 from vision_peft.engine.fingerprint import fingerprint
 from vision_peft.errors import UserError
@@ -31,10 +31,12 @@ from vision_peft.generation.sampling import draw_noise, sample
 from vision_peft.linalg.subspace import Subspace
 from vision_peft.linalg.whitening import Whitening
 from vision_peft.tasks.directional_subspace import Mode, direction_loss, distance_loss, perpendiculars
+from vision_peft.tasks.frozen_encodings import FrozenEncodings
 from vision_peft.tasks.generator import GeneratorTask
 from vision_peft.user_cache import cache_folder, keep_tensors
 
 SOURCE_SEED, VEIL_SEED = 1, 3
+OWN_BATCH = 32  # pictures that are drawn at once
 
 
 class HybridDomainAdaptation(GeneratorTask):
@@ -62,6 +64,7 @@ class HybridDomainAdaptation(GeneratorTask):
         veil: references are embedded as the frozen generator sees them under noise at the times of training, so many times each: pictures
             estimated in one step are smooth, and against sharp references "sharper" would be a part of every direction; 0: as they are.
         measured: pictures that are generated for validation and test.
+        guidance: of the generator's own pictures and of samples; training itself has none.
         others: see GeneratorTask.
     """
 
@@ -92,16 +95,15 @@ class HybridDomainAdaptation(GeneratorTask):
         measured: int = 32,
         samples: int = 8,
         sample_steps: int = 30,
+        guidance: float = 1.0,
     ) -> None:
-        super().__init__(backbone, optimizer, schedule, min_lr, warmup_steps, average, samples, None, sample_steps)
+        super().__init__(backbone, optimizer, schedule, min_lr, warmup_steps, average, samples, None, sample_steps, guidance)
         if not encoders:
             raise UserError("model.encoders: is empty; name at least one, e.g. a Vit offline:effnet_lite0")
         if not 0 <= times[0] < times[1] <= 1:
             raise UserError(f"model.times: must be two rising shares between 0 and 1, not {times}")
         if whiten is not None and whiten <= 0:
             raise UserError(f"model.whiten: must be positive (1 is a good start) or null, not {whiten}")
-        if backbone.is_conditional or backbone.classes:
-            raise UserError(f"model.backbone: {backbone.name} takes prompts; hybrid domain adaptation is for unconditional generators here")
         given = [*encoders, *([judge] if judge is not None else [])]
         object.__setattr__(self, "_given", given)  # read in build(): children would be part of checkpoints' strict comparison
         self.has_judge = judge is not None
@@ -115,6 +117,7 @@ class HybridDomainAdaptation(GeneratorTask):
         self.spaces: list[dict[str, Subspace]] = []
         self.weights: dict[str, float] = {}
         self.bank: Tensor | None = None
+        self.encodings = FrozenEncodings(backbone, "memory")
         self._facts: dict[str, Any] = {}
 
     def build(self, data: pl.LightningDataModule) -> None:
@@ -129,6 +132,12 @@ class HybridDomainAdaptation(GeneratorTask):
         self.weights = data.weights
         self._facts = {"domains": describe_domains(data), "encoders": [each.describe() for each in self._given]}
 
+    def train(self, mode: bool = True) -> HybridDomainAdaptation:
+        """Set the mode of all but the generator: dropout of its own (DiT's, of labels) would tell the two pictures of a pair apart."""
+        super().train(mode)
+        self.backbone.eval()
+        return self
+
     def prepare(self, trainer: pl.Trainer) -> None:
         super().prepare(trainer)
         if trainer.datamodule is not None:
@@ -141,7 +150,7 @@ class HybridDomainAdaptation(GeneratorTask):
         data = self.trainer.datamodule
         with self.frozen(), torch.no_grad():
             references = {name: self._veiled(data.references(name)) if self.veil else data.references(name) for name in data.weights}
-            self.bank = self._own_pictures(data.sources)
+            self.bank = self._own_pictures(self.prompts_shown(data, data.sources))
             own = [self.backbone.decode(part.to(self.device)).float().cpu() for part in self.bank.split(32)]
         for index in range(len(self.encoders) - self.has_judge):
             embedded = self.encoders[index].many(torch.cat(own))
@@ -161,7 +170,8 @@ class HybridDomainAdaptation(GeneratorTask):
             clean = self.backbone.encode(batch.to(self.device))
             draws = [torch.Generator().manual_seed(VEIL_SEED * 10_007 + 16 * index + place) for place in range(len(batch))]
             x, t = self._noised(clean.float().cpu(), draws)
-            found.append(self.backbone.decode(self._walk(x, t)).float().cpu())
+            condition = self.encodings.condition(self.prompts_shown(self.trainer.datamodule, len(batch)))
+            found.append(self.backbone.decode(self._walk(x, t, condition)).float().cpu())
         return torch.cat(found)
 
     def _hull(self, name: str, embeddings: Tensor) -> Subspace:
@@ -170,14 +180,20 @@ class HybridDomainAdaptation(GeneratorTask):
         except ValueError as error:
             raise UserError(f"data.domains: {name}: {error}") from error
 
-    def _own_pictures(self, count: int) -> Tensor:
-        """Clean x (count, C, h, w) of the frozen generator, kept by what it is and how they were drawn."""
-        facts = f"{fingerprint(self.backbone.network)}/{self.backbone.scheduler.config}/{self.sample_steps}/{count}/{SOURCE_SEED}"
-        kept = cache_folder("generated") / f"{hashlib.sha256(facts.encode()).hexdigest()[:24]}.safetensors"
+    def _own_pictures(self, prompts: list[str]) -> Tensor:
+        """Clean x (a prompt each, C, h, w) of the frozen generator, kept by what it is and how they were drawn."""
+        how = f"{self.backbone.scheduler.config}/{self.sample_steps}/{self.guidance}/{prompts}/{SOURCE_SEED}"
+        name = hashlib.sha256(f"{fingerprint(self.backbone.network)}/{how}".encode()).hexdigest()[:24]
+        kept = cache_folder("generated") / f"{name}.safetensors"
         if not kept.is_file():
-            rank_zero_info(f"{count} pictures of the generator's own are drawn and kept in {kept}")
-            noise = draw_noise(self.backbone, count, SOURCE_SEED)
-            keep_tensors(kept, {"x": torch.cat([sample(self.backbone, part, steps=self.sample_steps).cpu() for part in noise.split(32)])})
+            rank_zero_info(f"{len(prompts)} pictures of the generator's own are drawn and kept in {kept}")
+            found = []
+            for start in range(0, len(prompts), OWN_BATCH):
+                words = prompts[start : start + OWN_BATCH]
+                free = self.encodings.condition([self.backbone.no_prompt] * len(words)) if self.guidance != 1 else None
+                noise = draw_noise(self.backbone, len(prompts), SOURCE_SEED)[start : start + OWN_BATCH]
+                found.append(sample(self.backbone, noise, self.encodings.condition(words), self.sample_steps, self.guidance, free).cpu())
+            keep_tensors(kept, {"x": torch.cat(found)})
         return load_file(kept)["x"]
 
     def facts(self) -> dict[str, Any]:
@@ -188,9 +204,11 @@ class HybridDomainAdaptation(GeneratorTask):
     def loss(self, batch: dict[str, Tensor]) -> Tensor:
         self._know()
         x, t = self._mixed(batch)
+        prompts = self.prompts_shown(self.trainer.datamodule, len(self.bank))
+        condition = self.encodings.condition([prompts[index] for index in batch["source"].tolist()])
         with self.frozen(), torch.no_grad():
-            source = self.backbone.decode(self._walk(x, t)).float()
-        adapted = self.backbone.decode(self._walk(x, t)).float()
+            source = self.backbone.decode(self._walk(x, t, condition)).float()
+        adapted = self.backbone.decode(self._walk(x, t, condition)).float()
         total = self.picture * (adapted - source).abs().mean()
         for index, spaces in enumerate(self.spaces):
             encoder = self.encoders[index]
@@ -214,14 +232,14 @@ class HybridDomainAdaptation(GeneratorTask):
         noise = torch.stack([torch.randn(clean.shape[1:], generator=draw) for draw in draws])
         return self.backbone.noise.mix(clean, noise, t).to(self.device), t.to(self.device)
 
-    def _walk(self, x: Tensor, t: Tensor) -> Tensor:
+    def _walk(self, x: Tensor, t: Tensor, condition: Condition) -> Tensor:
         """The clean x that the network comes to from x_t."""
         if self.mode == "one_step":
-            return self.backbone.clean(x, t)
+            return self.backbone.clean(x, t, condition)
         shares = torch.linspace(1, 0, self.trajectory_steps + 1, device=t.device)[:-1]
         grid = [(t * share).round().long() for share in shares]
         for now, later in zip(grid, [*grid[1:], None]):
-            clean = self.backbone.clean(x, now)
+            clean = self.backbone.clean(x, now, condition)
             x = self.backbone.noise.step(clean, x, now, later)
         return x
 
