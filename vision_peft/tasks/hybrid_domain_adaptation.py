@@ -129,6 +129,7 @@ class HybridDomainAdaptation(GeneratorTask):
         for backbone in self._given:
             backbone.load()
         self.encoders = nn.ModuleList(PictureEncoder(backbone) for backbone in self._given).requires_grad_(False)
+        self.train(self.training)  # now that the generator is loaded
         self.weights = data.weights
         self._facts = {"domains": describe_domains(data), "encoders": [each.describe() for each in self._given]}
 
