@@ -9,6 +9,7 @@ import pytest
 import torch
 from diffusers import DDIMPipeline, DDIMScheduler, DiTPipeline, PixArtTransformer2DModel, SD3Transformer2DModel, StableDiffusionPipeline
 from generators import classes, stable_diffusion, unconditional
+from safetensors.torch import save_file
 
 from vision_peft.backbones import Diffusion
 from vision_peft.backbones.diffusion_sites import name_denoiser_sites
@@ -114,6 +115,69 @@ def test_names_of_unets(folders):
     assert {"unet.down.1.attentions.0.attn.q", "unet.mid.resnets.0.conv1", "unet.up.1.resnets.0.conv_shortcut", "unet.conv_in"} <= plain
     text = {site.target for site in Diffusion(str(folders["stable_diffusion"])).sites()}
     assert {"unet.down.0.attentions.0.0.cross.attn.k", "unet.up.1.attentions.1.0.mlp.fc1", "unet.mid.attentions.0.0.self.attn.out"} <= text
+
+
+# ---- one file ----
+
+
+@pytest.mark.parametrize("suffix", [".safetensors", ".ckpt"])
+@pytest.mark.parametrize("layout", ["diffusers", "authors"])
+def test_one_file_in_either_layout(folders, tmp_path, layout, suffix):
+    whole = loaded(folders["stable_diffusion"])
+    tensors = {key: tensor + 0.5 for key, tensor in whole.network.state_dict().items()}  # not the folder's own
+    if layout == "authors":
+        tensors = {authors_name(key): tensor for key, tensor in tensors.items()}
+    path = tmp_path / f"denoiser{suffix}"
+    save_file(tensors, path) if suffix == ".safetensors" else torch.save({"state_dict": tensors}, path)
+    found = loaded(path, config=str(folders["stable_diffusion"]))
+    assert found.network.state_dict().keys() == whole.network.state_dict().keys()
+    for key, tensor in found.network.state_dict().items():
+        torch.testing.assert_close(tensor, whole.network.state_dict()[key] + 0.5, rtol=0, atol=0)
+    torch.testing.assert_close(found.condition(["a cat"]), whole.condition(["a cat"]))
+
+
+def authors_name(key: str) -> str:
+    """Of a UNet of two levels with one layer each, attention in the outer one, as CompVis's latent-diffusion spells it."""
+    inner = {
+        "norm1": "in_layers.0", "conv1": "in_layers.2", "time_emb_proj": "emb_layers.1", "norm2": "out_layers.0", "conv2": "out_layers.3",
+        "conv_shortcut": "skip_connection",
+    }  # fmt: skip
+    head = {
+        "conv_in": "input_blocks.0.0", "time_embedding.linear_1": "time_embed.0", "time_embedding.linear_2": "time_embed.2",
+        "conv_norm_out": "out.0", "conv_out": "out.2",
+        "down_blocks.0.resnets.0": "input_blocks.1.0", "down_blocks.0.attentions.0": "input_blocks.1.1",
+        "down_blocks.0.downsamplers.0.conv": "input_blocks.2.0.op", "down_blocks.1.resnets.0": "input_blocks.3.0",
+        "mid_block.resnets.0": "middle_block.0", "mid_block.attentions.0": "middle_block.1", "mid_block.resnets.1": "middle_block.2",
+        "up_blocks.0.resnets.0": "output_blocks.0.0", "up_blocks.0.resnets.1": "output_blocks.1.0",
+        "up_blocks.0.upsamplers.0.conv": "output_blocks.1.1.conv",
+        "up_blocks.1.resnets.0": "output_blocks.2.0", "up_blocks.1.attentions.0": "output_blocks.2.1",
+        "up_blocks.1.resnets.1": "output_blocks.3.0", "up_blocks.1.attentions.1": "output_blocks.3.1",
+    }  # fmt: skip
+    place = next(name for name in sorted(head, key=len, reverse=True) if key.startswith(f"{name}."))
+    rest = key.removeprefix(f"{place}.")
+    if "resnets" in place:
+        name, _, parameter = rest.rpartition(".")
+        rest = f"{inner[name]}.{parameter}"
+    return f"model.diffusion_model.{head[place]}.{rest}"
+
+
+def test_one_file_that_cannot_be(folders, tmp_path):
+    config = str(folders["stable_diffusion"])
+    with pytest.raises(UserError, match="does not tell its shape"):
+        (tmp_path / "empty.safetensors").touch()
+        Diffusion(str(tmp_path / "empty.safetensors"))
+    for path, content in ((tmp_path / "broken.safetensors", b"not one"), (tmp_path / "broken.ckpt", b"not one")):
+        path.write_bytes(content)
+        with pytest.raises(UserError, match=f"{path.name}: cannot be loaded"):
+            loaded(path, config=config)
+    save_file({"some.weight": torch.ones(2)}, tmp_path / "other.safetensors")
+    with pytest.raises(UserError, match=r"other\.safetensors: cannot be loaded"):
+        loaded(tmp_path / "other.safetensors", config=config)
+    with pytest.raises(UserError, match="is a denoiser alone; one file needs the pipeline around it"):
+        Diffusion(str(tmp_path / "other.safetensors"), config=str(folders["stable_diffusion"] / "unet"))
+
+
+# ---- folders that are not what they should be ----
 
 
 @pytest.mark.parametrize(

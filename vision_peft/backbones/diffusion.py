@@ -30,7 +30,7 @@ class Diffusion(Backbone):
     Args:
         name: a local folder in diffusers' layout (a pipeline's, or a denoiser's alone), one weights file, or a hub name.
         scheduler: class name in diffusers, with the model's own noise levels; null: the model's own.
-        config: for one weights file: folder or hub name of a pipeline of its shape.
+        config: for one weights file: folder or hub name of a pipeline of its shape, from which all but the denoiser comes.
         pretrained: False starts from random weights of the shape that the files tell.
 
     Raises:
@@ -61,11 +61,10 @@ class Diffusion(Backbone):
     def load(self) -> None:
         if self._loaded:
             return
-        kind = type(self.network)
         if self.pretrained:
-            network = self.files.load_denoiser(kind)
+            network = self.files.load_denoiser(self.network)
         else:
-            network = kind.from_config(self.network.config)
+            network = type(self.network).from_config(self.network.config)
             announce(f"backbone {self.name}: its denoiser starts from random weights")
         self.network = network.requires_grad_(False)
         if self.files.is_pipeline:

@@ -5,12 +5,16 @@ from __future__ import annotations
 import json
 from dataclasses import dataclass
 from pathlib import Path
+from pickle import UnpicklingError
 from typing import Any
 
 import diffusers
 import torch
 from diffusers import DiffusionPipeline, ModelMixin, SchedulerMixin
-from torch import nn
+from diffusers.loaders.single_file_utils import SingleFileComponentError
+from safetensors import SafetensorError
+from safetensors.torch import load_file
+from torch import Tensor, nn
 
 from vision_peft.errors import UserError, nearest
 
@@ -68,12 +72,22 @@ class ModelFiles:
         config = _read(path)
         return 2 ** (len(config.get("block_out_channels") or config["encoder_block_out_channels"]) - 1)  # the latter of AutoencoderTiny
 
-    def load_denoiser(self, kind: type[ModelMixin]) -> nn.Module:
-        """With its weights, in float32."""
-        if self.single is not None:
-            return _told(self.name, lambda: kind.from_single_file(str(self.single), config=str(self.folder), subfolder=self.part))
-        options = {"subfolder": self.part} if self.part else {}
-        return _told(self.name, lambda: kind.from_pretrained(self.folder, dtype=torch.float32, **options))
+    def load_denoiser(self, outline: nn.Module) -> nn.Module:
+        """With its weights, in float32.
+
+        One file holds the denoiser in diffusers' own layout, or is a checkpoint in the layout of the model's authors.
+        """
+        kind = type(outline)
+        if self.single is None:
+            options = {"subfolder": self.part} if self.part else {}
+            return _told(self.name, lambda: kind.from_pretrained(self.folder, dtype=torch.float32, **options))
+        tensors = _told(self.name, lambda: _tensors(self.single))
+        if tensors.keys() != outline.state_dict().keys():
+            options = {"config": str(self.folder), "subfolder": self.part, "dtype": torch.float32}
+            return _told(self.name, lambda: kind.from_single_file(tensors, **options))
+        network = kind.from_config(outline.config)
+        _told(self.name, lambda: network.load_state_dict(tensors))
+        return network
 
     def load_rest(self, denoiser: nn.Module, scheduler: SchedulerMixin) -> DiffusionPipeline:
         """The pipeline around a denoiser: autoencoder, text encoders, tokenizers."""
@@ -89,7 +103,7 @@ def find_model(name: str, config: str | None = None, weights: bool = True) -> Mo
     """By a local folder (a pipeline's, or a denoiser's), one file, or a hub name.
 
     Args:
-        config: of a single file: the folder or hub name of a pipeline of the same shape, whose JSON files tell it.
+        config: of a single file: the folder or hub name of a pipeline of the same shape, from which all but the denoiser comes.
         weights: of a hub model also weights will be needed, not only JSON.
 
     Raises:
@@ -101,7 +115,9 @@ def find_model(name: str, config: str | None = None, weights: bool = True) -> Mo
             raise UserError(f"backbone {name}: does not exist")
         if config is None:
             raise UserError(f"backbone {name}: one file does not tell its shape; give `config`, a folder or hub name of a pipeline like it")
-        like = find_model(config, weights=False)
+        like = find_model(config, weights=weights)
+        if not like.is_pipeline:
+            raise UserError(f"backbone.config {config}: is a denoiser alone; one file needs the pipeline around it")
         return ModelFiles(name, like.folder, like.part, path)
     folder = path if path.is_dir() else _snapshot(name, weights)
     if (folder / INDEX).is_file():
@@ -128,12 +144,20 @@ def _snapshot(name: str, weights: bool) -> Path:
         raise UserError(f"backbone {name}: no such folder here, and the hub does not give it ({type(error).__name__})") from error
 
 
+def _tensors(path: Path) -> dict[str, Tensor]:
+    """Of a safetensors file, or of a pickle that holds tensors alone."""
+    if path.suffix == ".safetensors":
+        return load_file(path)
+    found = torch.load(path, map_location="cpu", weights_only=True)
+    return found.get("state_dict", found)
+
+
 def _told(name: str, load: Any) -> Any:
     """What diffusers says of files that are missing or do not fit, in one line."""
     diffusers.utils.logging.disable_progress_bar()
     try:
         return load()
-    except (OSError, ValueError, RuntimeError, KeyError) as error:
+    except (OSError, ValueError, RuntimeError, KeyError, SafetensorError, UnpicklingError, SingleFileComponentError) as error:
         raise UserError(f"backbone {name}: cannot be loaded ({type(error).__name__}: {' '.join(str(error).split())[:300]})") from error
 
 
