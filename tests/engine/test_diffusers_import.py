@@ -106,6 +106,12 @@ def test_a_kohya_file_with_ranks_of_their_own(file):
     assert not torch.allclose(expected, run(unet()), atol=0.05)
 
 
+def test_a_kohya_file_in_the_names_of_the_models_authors(file):
+    query, conv = factors(QUERY, 2), factors(CONV, 2)
+    theirs = kohya("input_blocks.1.1.transformer_blocks.0.attn1.to_q", *query, alpha=6.0) | kohya("input_blocks.3.0.in_layers.2", *conv)
+    same(read(file, theirs), added({QUERY: (*query, 3.0), CONV: (*conv, 1.0)}))
+
+
 def test_a_matrix_and_a_1x1_kernel_are_the_same(file):
     down, up = factors(QUERY, 2)
     same(read(file, kohya(QUERY, down[:, :, None, None], up[:, :, None, None])), added({QUERY: (down, up, 1.0)}))
@@ -121,6 +127,7 @@ def test_a_matrix_and_a_1x1_kernel_are_the_same(file):
         ({"r": 4, "lora_alpha": 8}, 2.0),
         ({"r": 4, "lora_alpha": 8, "use_rslora": True}, 4.0),
         ({"r": 4, "lora_alpha": 1, "alpha_pattern": {"attn1.to_q": 12}}, 3.0),
+        ({"r": 4, "alpha_pattern": {"to_q": 12, "attn1.to_q": 8}}, 3.0),  # of two patterns that match, PEFT takes the first
         ({}, 1.0),
     ],
 )
@@ -210,6 +217,7 @@ PAIR = plain(QUERY, A, B)
         (PAIR, {"lora_alpha": "x"}, "has an alpha that is no number"),
         (PAIR, {"alpha_pattern": 3}, "has an alpha that is no number"),
         (PAIR, {"alpha_pattern": {"to_q": None}}, "has an alpha that is no number"),
+        (PAIR, {"alpha_pattern": {"to_(q": 3}}, r"'to_\(q' is no regular expression"),
         (PAIR, {"unet.use_dora": True}, "is a DoRA"),
         (PAIR, "{", "is no JSON"),
     ],

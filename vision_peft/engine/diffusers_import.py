@@ -2,7 +2,8 @@
 
     diffusers   unet.<path>.lora_A.weight, .lora_B.weight; the older <path>.lora.down.weight, .lora.up.weight and
                 <path>.processor.to_q_lora.down.weight; with or without `unet.` / `transformer.`; alpha in the header or as <path>.alpha
-    kohya       lora_unet_<path with _ for .>.lora_down.weight, .lora_up.weight, .alpha
+    kohya       lora_unet_<path with _ for .>.lora_down.weight, .lora_up.weight, .alpha; the path in diffusers' names, or, as files for
+                Stable Diffusion XL have it, in those of the model's authors
 
 A layer's scale is alpha / rank, 1 where no alpha is told.
 """
@@ -23,6 +24,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
 from vision_peft.engine.adapter_set import AdapterSet
+from vision_peft.engine.authors_unet_names import in_diffusers_names
 from vision_peft.engine.peft_import import attach_layers
 from vision_peft.engine.peft_layout import _CONV
 from vision_peft.engine.site import Site
@@ -48,12 +50,13 @@ def load_diffusers(network: nn.Module, file: str | os.PathLike[str], sites: Sequ
     if told:
         warnings.warn(f"{path}: {len(told)} tensors of text encoders ({told[0]}, ...) are passed over", stacklevel=2)
     known = {each: module for each, module in network.named_modules() if isinstance(module, (nn.Linear, *_CONV))}
+    depth = getattr(getattr(network, "config", None), "layers_per_block", None)
     layers: dict[str, dict[str, Tensor]] = {}
     for key, tensor in tensors.items():
         if key.startswith(TEXT):
             continue
         spelled, part = _parsed(key, path)
-        layer = layers.setdefault(_module(spelled, known, path), {})
+        layer = layers.setdefault(_module(spelled, known, depth, path), {})
         if part in layer:  # the same layer as unet.<path> and <path>, or as kohya spells it: which of them is meant cannot be told
             raise UserError(f"{path}: {key!r} is the second {part} of its layer")
         layer[part] = tensor.float()
@@ -104,14 +107,15 @@ def _parsed(key: str, path: Path) -> tuple[str, str]:
     raise UserError(f"{path}: tensor {key!r} is none of a LoRA in diffusers' or kohya's layout")
 
 
-def _module(layer: str, known: Mapping[str, nn.Module], path: Path) -> str:
-    """The path of the module that a file's layer is."""
+def _module(layer: str, known: Mapping[str, nn.Module], depth: Any, path: Path) -> str:
+    """The path of the module that a file's layer is; `depth`: layers_per_block of a UNet."""
     for prefix in ("unet.", "transformer.", ""):
         if layer.startswith(prefix) and layer.removeprefix(prefix) in known:
             return layer.removeprefix(prefix)
     for prefix in ("lora_unet_", "lora_transformer_"):
         flat = layer.removeprefix(prefix)
         if flat != layer:
+            flat = in_diffusers_names(flat, depth) if isinstance(depth, int) else flat
             found = [each for each in known if each.replace(".", "_") == flat]
             if len(found) == 1:
                 return found[0]
@@ -152,8 +156,4 @@ def _alphas(header: Mapping[str, str], path: Path) -> dict[str, Any]:
     plain = {key.removeprefix("unet.").removeprefix("transformer."): value for key, value in found.items()}
     if plain.get("use_dora"):
         raise UserError(f"{path}: is a DoRA, which is not known here in diffusers' layout")
-    pattern = plain.get("alpha_pattern") or {}
-    numbers = [plain.get("lora_alpha") or 0, *(pattern.values() if isinstance(pattern, dict) else [pattern])]
-    if not all(isinstance(each, (int, float)) for each in numbers) or not isinstance(pattern, dict):
-        raise UserError(f"{path}: its header's {METADATA} has an alpha that is no number")
     return {key: plain[key] for key in ("lora_alpha", "alpha_pattern", "use_rslora") if plain.get(key) is not None}

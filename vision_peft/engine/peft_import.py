@@ -75,6 +75,7 @@ def attach_layers(
     kind = str(config.get("peft_type", "")).upper()
     if kind not in _READERS:
         raise UserError(f"{folder}/{CONFIG}: peft_type {kind or None} is not one of {', '.join(_READERS)}")
+    _check_alphas(config, folder)
     placed = {path: _site(path, network, sites, folder) for path in layers}
     chosen = [site for site in [*sites, *whole_sites(sites)] if site in placed.values()]
     shown = {placed[path]: (path, tensors) for path, tensors in layers.items()}
@@ -126,12 +127,28 @@ def _site(path: str, network: nn.Module, sites: Sequence[Site], folder: object) 
     return here[0]
 
 
+def _check_alphas(config: Mapping[str, Any], folder: object) -> None:
+    pattern = config.get("alpha_pattern") or {}
+    if not isinstance(pattern, dict):
+        raise UserError(f"{folder}: has an alpha that is no number: alpha_pattern is {pattern!r}")
+    told = {key: config[key] for key in ("lora_alpha", "alpha") if config.get(key) is not None}
+    for key, value in {**told, **pattern}.items():
+        if not isinstance(value, (int, float)):
+            raise UserError(f"{folder}: has an alpha that is no number: {key}: {value!r}")
+    for key in pattern:
+        try:
+            re.compile(key)
+        except re.error as error:
+            raise UserError(f"{folder}: alpha_pattern: {key!r} is no regular expression ({error})") from error
+
+
 def _scale(config: Mapping[str, Any], path: str, rank: int) -> float:
-    """alpha / r or alpha / sqrt(r) of the layer, by PEFT's patterns (regular expressions matched at the end of the name)."""
+    """alpha / r or alpha / sqrt(r) of the layer, by the first of PEFT's patterns (regular expressions) that matches the end of its name."""
     alpha = config.get("lora_alpha", config.get("alpha", rank))
     for pattern, value in (config.get("alpha_pattern") or {}).items():
         if re.match(rf"(.*\.)?({pattern})$", path):
             alpha = value
+            break
     return alpha / (math.sqrt(rank) if config.get("use_rslora") else rank)
 
 
