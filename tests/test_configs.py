@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 import torch
 import yaml
-from generators import unconditional
+from generators import stable_diffusion, unconditional
 from PIL import Image
 
 from vision_peft.cli import main
@@ -77,7 +77,7 @@ def test_how_many_there_are():
         "sequence": 3,
         "retention": 2,
         "segmentation": 11,
-        "recipe": 6,
+        "recipe": 8,
     }
     assert {Path(name).stem for name in METHODS} == {*method_names(), "none", "probe"}
     assert not list(CONFIGS.rglob("*.yml"))
@@ -297,6 +297,31 @@ def test_generator_task_runs(name, tmp_path, monkeypatch):
     hybrid = ["--model.encoders", f"[{tiny}]", "--model.judge", "null", "--data.sources", "4", "--model.sample_steps", "2"]
     short = ["--trainer.max_steps", "2", "--trainer.accelerator", "cpu", "--trainer.enable_progress_bar", "false"]
     finished(run(tmp_path / "run", "--config", str(FILES[name]), *small, *(hybrid if "hybrid" in name else []), *short), tmp_path / "run")
+
+
+@pytest.mark.parametrize("name", ["recipe/dreambooth_sd15.yaml", "recipe/hybrid_sd15.yaml"])
+def test_recipe_of_a_text_generator_runs(name, tmp_path, monkeypatch):
+    """On a pipeline of the same parts, an autoencoder, a text encoder and a conditional UNet, but small."""
+    monkeypatch.setenv("VISION_PEFT_CACHE", str(tmp_path / "cache"))
+    stable_diffusion(tmp_path / "generator")
+    for folder in ("subject", "class", "styles/sketches", "styles/van_gogh"):
+        (tmp_path / folder).mkdir(parents=True)
+        for index in range(3):
+            Image.effect_noise((20, 20), 20 + 20 * index).convert("RGB").save(tmp_path / folder / f"{index}.png")
+    init = yaml.safe_load(FILES[name].read_text())["model"]["init_args"]
+    small = ["--model.backbone.name", str(tmp_path / "generator"), "--model.sample_steps", "2", "--model.samples", "2"]
+    if init.get("sample_prompts"):  # the words that the small tokenizer has: letters
+        small += ["--model.sample_prompts", "[a b, c]", "--data.prompt", "s d", "--data.prior_prompt", "d"]
+        small += ["--data.images", str(tmp_path / "subject"), "--data.prior", str(tmp_path / "class")]
+    else:
+        tiny = "{class_path: vision_peft.backbones.Vit, init_args: {name: test_vit, weights: null, pretrained: false, image_size: 32}}"
+        small += ["--model.encoders", f"[{tiny}]", "--model.judge", "null", "--model.measured", "2"]
+        small += ["--data.images", str(tmp_path / "styles"), "--data.prompts", "[a, b]", "--data.sources", "4"]
+    short = ["--trainer.max_steps", "2", "--trainer.accelerator", "cpu", "--trainer.enable_progress_bar", "false"]
+    cli = run(tmp_path / "run", "--config", str(FILES[name]), *small, *short)
+    finished(cli, tmp_path / "run")
+    assert (tmp_path / "run" / "samples" / "last.png").is_file()
+    assert (tmp_path / "cache" / "latents").exists() == (init.get("cache") == "disk")
 
 
 # ---- sequences ----
