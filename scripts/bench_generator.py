@@ -20,7 +20,7 @@ from pathlib import Path
 import torch
 from benching import in_fresh_process, interleave, peak_of, ratio
 from diffusers import DDIMPipeline, DDIMScheduler, UNet2DConditionModel, UNet2DModel
-from train_offline_ddpm import NOISE, UNET
+from train_offline_ddpm import NOISE, PIXELS, SHAPE
 
 from vision_peft.adapters.lora import LoRA
 from vision_peft.backbones import Diffusion
@@ -43,7 +43,7 @@ THEIRS = {"faces": r".*(to_[qkv]|to_out\.0|resnets\.\d+\.conv[12])", "text": r".
 
 def stepper(variant: str, shape: str, batch: int, precision: str) -> Callable[[], None]:
     torch.manual_seed(0)
-    network = UNet2DModel(**UNET) if shape == "faces" else UNet2DConditionModel(**TEXT)
+    network = UNet2DModel(**SHAPE, **PIXELS) if shape == "faces" else UNet2DConditionModel(**TEXT)
     with tempfile.TemporaryDirectory() as folder:
         DDIMPipeline(network, DDIMScheduler(**NOISE)).save_pretrained(folder)
         backbone = Diffusion(str(Path(folder) / "unet"), scheduler="DDIMScheduler")

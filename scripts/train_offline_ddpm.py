@@ -2,6 +2,7 @@
 
     VISION_PEFT_DATA=... python scripts/train_offline_ddpm.py --folder checkpoints/offline_ddpm
     VISION_PEFT_DATA=... python scripts/train_offline_ddpm.py --images gen_anime/split.csv --folder checkpoints/offline_ddpm_anime
+    VISION_PEFT_DATA=... python scripts/train_offline_ddpm.py --autoencoder TAEF2 --folder checkpoints/offline_latent_ddpm    # 128 x 128
 
 x_t = sqrt(abar) x + sqrt(1 - abar) eps,  v = sqrt(abar) eps - sqrt(1 - abar) x,  L = min(SNR, 5) / (SNR + 1) |v_theta(x_t, t) - v|^2
 
@@ -18,7 +19,9 @@ import argparse
 import csv
 import json
 import time
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from diffusers import DDIMPipeline, DDIMScheduler, UNet2DModel
@@ -29,39 +32,95 @@ from torchvision.transforms.functional import pil_to_tensor
 from torchvision.utils import make_grid, save_image
 from tqdm.auto import tqdm
 
+from vision_peft.backbones.tiny_autoencoder import SCALE, STATISTICS, TinyAutoencoder, load_tiny_autoencoder
 from vision_peft.data.roots import existing
 from vision_peft.engine.precision import cpu_has_bfloat16
 from vision_peft.engine.store import staged_folder
 
-SIZE, BATCH, RATE, WARMUP, AVERAGE, GAMMA, EVERY = 64, 8, 4e-4, 200, 0.999, 5.0, 500
-UNET = {
-    "sample_size": SIZE,
+BATCH, RATE, WARMUP, AVERAGE, GAMMA, EVERY = 8, 4e-4, 200, 0.999, 5.0, 500
+SHAPE = {"layers_per_block": 1, "attention_head_dim": 32, "norm_num_groups": 8}
+PIXELS = {
+    "sample_size": 64,
     "in_channels": 3,
     "out_channels": 3,
-    "layers_per_block": 1,
     "block_out_channels": (24, 48, 96, 128),
     "down_block_types": ("DownBlock2D", "DownBlock2D", "DownBlock2D", "AttnDownBlock2D"),
     "up_block_types": ("AttnUpBlock2D", "UpBlock2D", "UpBlock2D", "UpBlock2D"),
-    "attention_head_dim": 32,
-    "norm_num_groups": 8,
 }
-NOISE = {"beta_schedule": "squaredcos_cap_v2", "prediction_type": "v_prediction", "clip_sample": True, "timestep_spacing": "trailing"}
+LATENTS = {
+    "sample_size": 16,
+    "in_channels": 32,
+    "out_channels": 32,
+    "block_out_channels": (96, 128, 192),
+    "down_block_types": ("DownBlock2D", "DownBlock2D", "AttnDownBlock2D"),
+    "up_block_types": ("AttnUpBlock2D", "UpBlock2D", "UpBlock2D"),
+}
+NOISE = {"beta_schedule": "squaredcos_cap_v2", "prediction_type": "v_prediction", "timestep_spacing": "trailing"}
 
 
-def read(file: str, domain: str | None) -> dict[str, Tensor]:
-    """uint8 (N, 3, 64, 64) of the rows called train and val."""
+@dataclass
+class Pictures:
+    """What the network learns.
+
+    Attributes:
+        views: (2, N, C, h, w), uint8 pixels or float latents, as they are and mirrored.
+        held_out: (M, C, h, w).
+        autoencoder: None: of pixels.
+    """
+
+    views: Tensor
+    held_out: Tensor
+    autoencoder: TinyAutoencoder | None = None
+
+    @property
+    def unet(self) -> dict[str, Any]:
+        return SHAPE | (PIXELS if self.autoencoder is None else LATENTS)
+
+    @property
+    def noise(self) -> dict[str, Any]:
+        return NOISE | {"clip_sample": self.autoencoder is None}
+
+    @torch.no_grad()
+    def shown(self, x: Tensor) -> Tensor:
+        """Pictures in [0, 1] of what the network works on."""
+        images = x if self.autoencoder is None else torch.cat([decoded(self.autoencoder, part) for part in x.split(BATCH)])
+        return images.clamp(-1, 1) / 2 + 0.5
+
+
+def decoded(autoencoder: TinyAutoencoder, x: Tensor) -> Tensor:
+    return autoencoder.decode(x * autoencoder.std + autoencoder.mean)[0]
+
+
+def read(file: str, domain: str | None, size: int) -> dict[str, Tensor]:
+    """uint8 (N, 3, size, size) of the rows called train and val."""
     path = existing(file, "--images")
     found: dict[str, list[Tensor]] = {"train": [], "val": []}
     for row in csv.DictReader(path.open()):
         if row["split"] in found and row.get("domain", domain) == domain:
-            picture = Image.open(path.parent / row["path"]).convert("RGB").resize((SIZE, SIZE), Image.Resampling.BICUBIC)
+            picture = Image.open(path.parent / row["path"]).convert("RGB").resize((size, size), Image.Resampling.BICUBIC)
             found[row["split"]].append(pil_to_tensor(picture))
     return {split: torch.stack(pictures) for split, pictures in found.items()}
 
 
+@torch.no_grad()
+def encoded(images: dict[str, Tensor], folder: Path) -> Pictures:
+    """Latents with mean 0 and deviation 1 in every channel over the pictures that are trained on."""
+
+    def encode(pictures: Tensor) -> Tensor:
+        return torch.cat([plain.encode(part / 127.5 - 1).latents for part in tqdm(pictures.split(BATCH), "autoencoder")])
+
+    plain = load_tiny_autoencoder(folder)
+    views = torch.stack([encode(images["train"]), encode(images["train"].flip(3))])
+    mean, std = views.mean((0, 1, 3, 4)), views.std((0, 1, 3, 4))
+    whitened = TinyAutoencoder(mean.tolist(), std.tolist())
+    whitened.load_state_dict(plain.state_dict() | {"mean": whitened.mean, "std": whitened.std})
+    held_out = (encode(images["val"]) - whitened.mean) / whitened.std
+    return Pictures((views - whitened.mean) / whitened.std, held_out, whitened.eval())
+
+
 def loss_of(unet: nn.Module, scheduler: DDIMScheduler, images: Tensor, draw: torch.Generator) -> Tensor:
-    """Of uint8 pictures (B, 3, 64, 64)."""
-    clean = images / 127.5 - 1
+    """Of (B, C, h, w), uint8 pixels or float latents."""
+    clean = images / 127.5 - 1 if images.dtype == torch.uint8 else images
     noise = torch.randn(clean.shape, generator=draw)
     steps = torch.randint(0, scheduler.config.num_train_timesteps, (len(clean),), generator=draw)
     with torch.autocast("cpu", torch.bfloat16, enabled=cpu_has_bfloat16()):
@@ -72,23 +131,24 @@ def loss_of(unet: nn.Module, scheduler: DDIMScheduler, images: Tensor, draw: tor
 
 
 @torch.no_grad()
-def sample(unet: nn.Module, scheduler: DDIMScheduler, path: Path, count: int = 36, steps: int = 30) -> None:
-    """A grid from fixed seeds."""
-    x = torch.randn(count, 3, SIZE, SIZE, generator=torch.Generator().manual_seed(0))
+def sample(unet: nn.Module, scheduler: DDIMScheduler, count: int = 36, steps: int = 30) -> Tensor:
+    """(count, C, h, w) from fixed seeds."""
+    shape = (count, unet.config.in_channels, unet.config.sample_size, unet.config.sample_size)
+    x = torch.randn(shape, generator=torch.Generator().manual_seed(0))
     scheduler.set_timesteps(steps)
     for t in scheduler.timesteps:
         with torch.autocast("cpu", torch.bfloat16, enabled=cpu_has_bfloat16()):
             velocity = unet(x, t).sample
         x = scheduler.step(velocity.float(), t, x).prev_sample
-    save_image(make_grid(x.clamp(-1, 1) / 2 + 0.5, nrow=9), path)
+    return x
 
 
-def train(pictures: dict[str, Tensor], folder: Path, total: int) -> UNet2DModel:
+def train(pictures: Pictures, folder: Path, total: int) -> UNet2DModel:
     """Train to `total` steps and return the averaged network."""
     work = folder / "work"
     work.mkdir(parents=True, exist_ok=True)
     torch.manual_seed(0)
-    unet, scheduler = UNet2DModel(**UNET), DDIMScheduler(**NOISE)
+    unet, scheduler = UNet2DModel(**pictures.unet), DDIMScheduler(**pictures.noise)
     average = EMAModel(unet.parameters(), decay=AVERAGE, use_ema_warmup=True, power=0.75)
     optimizer = torch.optim.AdamW(unet.parameters(), RATE, weight_decay=0.01, betas=(0.9, 0.99))
     ramp = torch.optim.lr_scheduler.LinearLR(optimizer, 0.01, total_iters=WARMUP)
@@ -104,10 +164,9 @@ def train(pictures: dict[str, Tensor], folder: Path, total: int) -> UNet2DModel:
     bar = tqdm(range(state["step"], total), "steps", initial=state["step"], total=total)
     for step in bar:
         draw = torch.Generator().manual_seed(step)
-        rows = torch.randint(0, len(pictures["train"]), (BATCH,), generator=draw)
-        images = pictures["train"][rows]
-        images = torch.where(torch.rand(BATCH, 1, 1, 1, generator=draw) < 0.5, images.flip(3), images)
-        loss = loss_of(unet, scheduler, images, draw)
+        rows = torch.randint(0, pictures.views.shape[1], (BATCH,), generator=draw)
+        mirrored = (torch.rand(BATCH, generator=draw) < 0.5).long()
+        loss = loss_of(unet, scheduler, pictures.views[mirrored, rows], draw)
         optimizer.zero_grad()
         loss.backward()
         nn.utils.clip_grad_norm_(unet.parameters(), 1.0)
@@ -120,8 +179,8 @@ def train(pictures: dict[str, Tensor], folder: Path, total: int) -> UNet2DModel:
             average.store(unet.parameters())
             average.copy_to(unet.parameters())
             with torch.no_grad():
-                held_out = loss_of(unet, scheduler, pictures["val"], torch.Generator().manual_seed(1))
-            sample(unet, scheduler, work / f"samples_{step + 1:06d}.png")
+                held_out = loss_of(unet, scheduler, pictures.held_out, torch.Generator().manual_seed(1))
+            save_image(make_grid(pictures.shown(sample(unet, scheduler)), nrow=9), work / f"samples_{step + 1:06d}.png")
             average.restore(unet.parameters())
             seconds = time.process_time() - start
             with (work / "log.csv").open("a") as stream:
@@ -138,16 +197,24 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--images", default="gen_faces/split.csv", help="CSV with path, split and (not necessarily) domain")
     parser.add_argument("--domain", default="source", help="rows that count, where the CSV has domains")
+    parser.add_argument("--autoencoder", type=Path, help="folder of TAEF2's weights: the network learns its latents of 128 x 128 pixels")
     parser.add_argument("--folder", type=Path, default=Path("checkpoints/offline_ddpm"))
     parser.add_argument("--steps", type=int, default=5000, help="of 8 pictures")
     given = parser.parse_args()
-    pictures = read(given.images, given.domain)
+    images = read(given.images, given.domain, PIXELS["sample_size"] if given.autoencoder is None else SCALE * LATENTS["sample_size"])
+    if given.autoencoder is None:
+        pictures = Pictures(torch.stack([images["train"], images["train"].flip(3)]), images["val"])
+    else:
+        pictures = encoded(images, given.autoencoder)
     unet = train(pictures, given.folder, given.steps)
-    facts = {"images": given.images, "pictures": len(pictures["train"]), "steps": given.steps, "batch": BATCH}
-    parts = frozenset({"unet", "scheduler", "model_index.json", "training.json"})
-    with staged_folder(given.folder / "pipeline", parts, "a generator") as staging:
-        DDIMPipeline(unet, DDIMScheduler(**NOISE)).save_pretrained(staging)
+    facts = {"images": given.images, "pictures": pictures.views.shape[1], "steps": given.steps, "batch": BATCH}
+    parts = {"unet", "scheduler", "model_index.json", "training.json", STATISTICS}
+    with staged_folder(given.folder / "pipeline", frozenset(parts), "a generator") as staging:
+        DDIMPipeline(unet, DDIMScheduler(**pictures.noise)).save_pretrained(staging)
         (staging / "training.json").write_text(json.dumps(facts, indent=2) + "\n")
+        if pictures.autoencoder is not None:
+            told = {"mean": pictures.autoencoder.mean.flatten().tolist(), "std": pictures.autoencoder.std.flatten().tolist()}
+            (staging / STATISTICS).write_text(json.dumps(told) + "\n")
     print(f"generator: {given.folder / 'pipeline'} ({sum(each.numel() for each in unet.parameters()):,} parameters)")
 
 

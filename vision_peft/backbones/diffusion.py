@@ -15,6 +15,7 @@ from vision_peft.backbones.diffusion_files import find_model
 from vision_peft.backbones.diffusion_sites import name_denoiser_sites
 from vision_peft.backbones.noise_schedule import NoiseSchedule
 from vision_peft.backbones.offline import announce
+from vision_peft.backbones.tiny_autoencoder import LATENTS, SCALE, STATISTICS, load_tiny_autoencoder
 from vision_peft.engine.site import Site
 from vision_peft.errors import UserError
 
@@ -32,6 +33,7 @@ class Diffusion(Backbone):
         scheduler: class name in diffusers, with the model's own noise levels; null: the model's own.
         config: for one weights file: folder or hub name of a pipeline of its shape, from which all but the denoiser comes.
         pretrained: False starts from random weights of the shape that the files tell.
+        autoencoder: folder with TAEF2's weights, for an unconditional denoiser of its latents (see tiny_autoencoder); null: the pipeline's.
 
     Raises:
         UserError: nothing of that name, or an unknown scheduler. No weights are read.
@@ -39,7 +41,9 @@ class Diffusion(Backbone):
 
     num_features = 0
 
-    def __init__(self, name: str, *, scheduler: str | None = None, config: str | None = None, pretrained: bool = True) -> None:
+    def __init__(
+        self, name: str, *, scheduler: str | None = None, config: str | None = None, pretrained: bool = True, autoencoder: str | None = None
+    ) -> None:
         super().__init__()
         self.name, self.scheduler_name, self.config, self.pretrained = name, scheduler, config, pretrained
         self.files = find_model(name, config, weights=pretrained)
@@ -54,7 +58,10 @@ class Diffusion(Backbone):
         self.sample_size = (size, size) if isinstance(size, int) else tuple(size)
         self.is_conditional = shape.get("cross_attention_dim") is not None or shape.get("joint_attention_dim") is not None
         self.classes = shape.get("num_embeds_ada_norm") if type(self.network).__name__ == "DiTTransformer2DModel" else None
-        size = self.sample_size[0] * self.files.autoencoder_scale()
+        self.autoencoder = autoencoder
+        if autoencoder is not None and self.channels != LATENTS:
+            raise UserError(f"backbone.autoencoder: {name} works on {self.channels} channels, and latents of this one have {LATENTS}")
+        size = self.sample_size[0] * (SCALE if autoencoder is not None else self.files.autoencoder_scale())
         self.preprocess = Preprocess(size, (0.5,) * 3, (0.5,) * 3)  # an input of [-1, 1]
         object.__setattr__(self, "_pipeline", None)  # holds the same modules: not a child of its own
 
@@ -73,6 +80,8 @@ class Diffusion(Backbone):
                 module = getattr(self._pipeline, part, None)
                 if module is not None:
                     self.add_module(part, module.requires_grad_(False))
+        if self.autoencoder is not None:
+            self.add_module("vae", load_tiny_autoencoder(self.autoencoder, self.files.folder / STATISTICS))
         self._loaded = True
         self.train(self.training)
 
@@ -128,7 +137,7 @@ class Diffusion(Backbone):
         if isinstance(self.vae, AutoencoderKL):
             gaussian = DiagonalGaussianDistribution(posterior)
             latents = gaussian.mode() if generator is None else gaussian.sample(generator)
-        return (latents - (getattr(self.vae.config, "shift_factor", None) or 0.0)) * self.vae.config.scaling_factor
+        return (latents - self._shift) * self.vae.config.scaling_factor
 
     def encode(self, images: Tensor, generator: torch.Generator | None = None) -> Tensor:
         """x of pictures (B, 3, H, W) in [-1, 1]."""
@@ -138,8 +147,12 @@ class Diffusion(Backbone):
         """Pictures (B, 3, H, W) in [-1, 1], differentiable; not clipped."""
         if not self.has_autoencoder:
             return x
-        shift = getattr(self.vae.config, "shift_factor", None) or 0.0
-        return self.vae.decode(x / self.vae.config.scaling_factor + shift, return_dict=False)[0]
+        return self.vae.decode(x / self.vae.config.scaling_factor + self._shift, return_dict=False)[0]
+
+    @property
+    def _shift(self) -> Tensor | float:
+        told = getattr(self.vae.config, "shift_factor", None)
+        return 0.0 if told is None else told
 
     @torch.no_grad()
     def condition(self, prompts: Sequence[str]) -> Condition:
@@ -182,7 +195,7 @@ class Diffusion(Backbone):
 
     def describe(self) -> dict[str, Any]:
         own = {"class": type(self).__name__, "name": self.name, "scheduler": self.scheduler_name, "config": self.config}
-        return {**own, "pretrained": self.pretrained, "denoiser": type(self.network).__name__}
+        return {**own, "pretrained": self.pretrained, "autoencoder": self.autoencoder, "denoiser": type(self.network).__name__}
 
 
 def _text_condition(pipeline: Any, prompts: list[str], device: torch.device, size: int) -> Condition:
