@@ -5,7 +5,8 @@
     python scripts/each_backbone.py --write                                                # the page from the rows
 
 CLIP is open_clip's ViT-B-32 in its full size with random weights, adapted in both towers; the convolutional network is EfficientNet-Lite0
-with its ImageNet weights, adapted in every convolution, grouped ones included. A row that is there is not run again.
+with its ImageNet weights, adapted in every convolution, grouped ones included; the generator is what scripts/train_offline_ddpm.py trains
+(--generator), adapted in attention and the convolutions of its ResNets. A row that is there is not run again.
 """
 
 from __future__ import annotations
@@ -29,32 +30,37 @@ ROWS, PAGE = Path("docs/rows/methods_on_backbones.csv"), Path("docs/methods_on_b
 FIELDS = ["backbone", "method", "sites", "trained", "loss", "seconds", "error"]
 STEPS = 4
 COMMON = (
-    f"--data.source CsvSource --data.source.file dtd10/split.csv --data.shots 2 --data.batch_size 8 --trainer.max_steps {STEPS} "
-    "--trainer.accelerator cpu --trainer.precision bf16-mixed --trainer.enable_progress_bar false --trainer.limit_val_batches 0 "
-    "--trainer.callbacks null"
+    f"--trainer.max_steps {STEPS} --trainer.accelerator cpu --trainer.precision bf16-mixed --trainer.enable_progress_bar false "
+    "--trainer.limit_val_batches 0 --trainer.callbacks null"
 )
+PICTURES = "--data.source CsvSource --data.source.file dtd10/split.csv --data.shots 2 --data.batch_size 8"
 BACKBONES = {
     "clip": (
         "configs/task/fewshot_clip.yaml",
-        "--model.backbone.name ViT-B-32 --config {folder}/random.yaml",
+        f"--model.backbone.name ViT-B-32 --config {{folder}}/random.yaml {PICTURES}",
         "--adapter.targets attn+mlp",
     ),
     "conv": (
         "configs/task/fewshot_vit.yaml",
-        "--model.backbone.name offline:effnet_lite0 --model.backbone.image_size 96 --data.augment none",
+        f"--model.backbone.name offline:effnet_lite0 --model.backbone.image_size 96 --data.augment none {PICTURES}",
         "--adapter.targets conv",
     ),
+    "generator": ("configs/task/generator_faces.yaml", "--model.backbone.name {generator} --model.samples 0 --data.batch_size 8", ""),
 }
-TITLES = {"clip": "CLIP ViT-B/32, random weights, both towers", "conv": "EfficientNet-Lite0, ImageNet weights, every convolution"}
+TITLES = {
+    "clip": "CLIP ViT-B/32, random weights, both towers",
+    "conv": "EfficientNet-Lite0, ImageNet weights, every convolution",
+    "generator": "The offline generator of faces (UNet2DModel), attention and convolutions",
+}
 
 
-def run(backbone: str, method: str) -> dict[str, str]:
+def run(backbone: str, method: str, generator: str) -> dict[str, str]:
     task, options, targets = BACKBONES[backbone]
     out, start = io.StringIO(), time.perf_counter()
     with tempfile.TemporaryDirectory() as folder, contextlib.redirect_stdout(out), contextlib.redirect_stderr(out):
         warnings.simplefilter("ignore")
         (Path(folder) / "random.yaml").write_text("model: {init_args: {backbone: {init_args: {weights: null}}}}")
-        options = options.format(folder=folder)
+        options = options.format(folder=folder, generator=generator)
         words = ["fit", "--config", task, "--config", f"configs/method/{method}.yaml", *f"{options} {COMMON} {targets}".split()]
         code = vision_peft([*words, "--run", f"{folder}/run"])
         if code:
@@ -83,9 +89,9 @@ def write_page() -> None:
     text = [
         "# Every method on the other kinds of backbone",
         "",
-        f"`python scripts/each_backbone.py`: {STEPS} steps of `vision-peft fit` on dtd10, batch 8, bf16, one thread,",
-        "other jobs beside it; the adapter folder was written and read back. Seconds: the command after its imports. The loss says that",
-        "the run went on, not how good a method is.",
+        f"`python scripts/each_backbone.py`: {STEPS} steps of `vision-peft fit`, batch 8, one thread, other jobs beside it, on",
+        "dtd10 in bf16, of the generator on ten smiling faces in float32 on a processor without bfloat16; the adapter folder was written and read",
+        "back. Seconds: the command after its imports. The loss says that the run went on, not how good a method is.",
         "",
     ]
     for backbone, title in TITLES.items():
@@ -101,6 +107,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--only", nargs="*", default=method_names())
     parser.add_argument("--backbones", nargs="*", default=list(BACKBONES), choices=list(BACKBONES))
+    parser.add_argument("--generator", default="checkpoints/offline_ddpm/pipeline")
     parser.add_argument("--write", action="store_true", help="write the page from the rows")
     args = parser.parse_args()
     if args.write:
@@ -116,7 +123,7 @@ def main() -> None:
             for method in args.only:
                 if (backbone, method) not in known:
                     gc.collect()  # a run leaves cycles that hold its whole network
-                    row = {"backbone": backbone, "method": method, **run(backbone, method)}
+                    row = {"backbone": backbone, "method": method, **run(backbone, method, args.generator)}
                     writer.writerow(row)
                     file.flush()
                     print(" ".join(value for value in row.values() if value), flush=True)
