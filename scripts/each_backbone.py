@@ -89,9 +89,9 @@ def write_page() -> None:
     text = [
         "# Every method on the other kinds of backbone",
         "",
-        f"`python scripts/each_backbone.py`: {STEPS} steps of `vision-peft fit`, batch 8, one thread, other jobs beside it, on",
-        "dtd10 in bf16, of the generator on ten smiling faces in float32 on a processor without bfloat16; the adapter folder was written and read",
-        "back. Seconds: the command after its imports. The loss says that the run went on, not how good a method is.",
+        f"`python scripts/each_backbone.py`: {STEPS} steps of `vision-peft fit`, batch 8, one thread, other jobs beside it; the adapter",
+        "folder was written and read back. On dtd10 in bf16; of the generator on ten smiling faces, in float32. Seconds: the command after",
+        "its imports. The loss says that the run went on, not how good a method is.",
         "",
     ]
     for backbone, title in TITLES.items():
