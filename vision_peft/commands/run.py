@@ -190,6 +190,7 @@ def _quieten() -> None:
         ".*smaller than the logging interval.*",
         ".*exists and is not empty.*",
         ".*LeafSpec.*",
+        ".*in eval mode at the start of training.*",  # encoders and generators that tasks hold there
         ".*You have overridden `transfer_batch_to_device`.*",
     ):
         warnings.filterwarnings("ignore", text)
