@@ -1,6 +1,7 @@
 """docs/results_generators.md: adaptation of the offline generator of faces, every run, its measures and its grids.
 
     VISION_PEFT_DATA=... python scripts/table_generators.py --generator checkpoints/offline_ddpm/pipeline --folder checkpoints/generators
+    python scripts/table_generators.py --latent checkpoints/offline_latent_ddpm    # samples and curve of a generator of latents
     python scripts/table_generators.py            # the page anew, from docs/rows
 
 Runs that are finished are not repeated; one that was stopped goes on. Hybrid adaptation is measured on two pairs of domains: the source, an
@@ -140,7 +141,6 @@ def measure(generator: Path, folder: Path) -> None:
         writer = csv.DictWriter(stream, ["pair", "row", "measure", "value"])
         writer.writeheader()
         writer.writerows(rows)
-    shutil.copy(generator.parent / "work" / "log.csv", ROWS / "generator_training.csv")
 
 
 def _seconds(run: Path) -> float:
@@ -188,25 +188,32 @@ def _cell(column: str, value: float | None) -> str:
     return f"{100 * value:.0f} %" if column.startswith(("detected", "copied")) else f"{value:.4f}" if "kid" in column else f"{value:.3f}"
 
 
-def training() -> str:
+def training(name: str) -> str:
     lines = ["| step | loss | held-out loss | CPU seconds |", "| ---: | ---: | ---: | ---: |"]
-    rows = list(csv.reader((ROWS / "generator_training.csv").open()))
-    lines += [f"| {' | '.join(row)} |" for index, row in enumerate(rows) if index % 4 == 3 or index + 1 == len(rows)]
+    lines += [f"| {' | '.join(row)} |" for row in csv.reader((ROWS / f"{name}.csv").open())]
     return "\n".join(lines)
+
+
+def keep_training(work: Path, name: str, picture: str) -> None:
+    """The curve and the last samples of a generator's training."""
+    shutil.copy(work / "log.csv", ROWS / f"{name}.csv")
+    shutil.copy(max(work.glob("samples_*.png")), ROOT / "docs" / picture)
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--generator", type=Path, help="a pipeline of scripts/train_offline_ddpm.py")
     parser.add_argument("--folder", type=Path, default=Path("checkpoints/generators"), help="for the runs")
+    parser.add_argument("--latent", type=Path, help="a folder of scripts/train_offline_ddpm.py --autoencoder")
     given = parser.parse_args()
     if given.generator is not None:
         run_all(given.generator, given.folder)
         measure(given.generator, given.folder)
-        work = given.generator.parent / "work"
-        shutil.copy(max(work.glob("samples_*.png")), ROOT / "docs" / "generator_samples.png")
+        keep_training(given.generator.parent / "work", "generator_training", "generator_samples.png")
+    if given.latent is not None:
+        keep_training(given.latent / "work", "generator_latent_training", "generator_latent_samples.png")
     text = HEAD.read_text()
-    parts = {pair: table(pair) for pair in (*PAIRS, "fine-tuning")} | {"training": training()}
+    parts = {pair: table(pair) for pair in (*PAIRS, "fine-tuning")} | {name: training(f"generator_{name}") for name in ("training", "latent_training")}
     for name, part in parts.items():
         text = text.replace(f"{{{name}}}", part)
     PAGE.write_text(text)
