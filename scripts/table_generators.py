@@ -213,7 +213,8 @@ def main() -> None:
     if given.latent is not None:
         keep_training(given.latent / "work", "generator_latent_training", "generator_latent_samples.png")
     text = HEAD.read_text()
-    parts = {pair: table(pair) for pair in (*PAIRS, "fine-tuning")} | {name: training(f"generator_{name}") for name in ("training", "latent_training")}
+    parts = {pair: table(pair) for pair in (*PAIRS, "fine-tuning")}
+    parts |= {name: training(f"generator_{name}") for name in ("training", "latent_training")}
     for name, part in parts.items():
         text = text.replace(f"{{{name}}}", part)
     PAGE.write_text(text)
