@@ -29,7 +29,7 @@ from vision_peft.engine.store import load_adapter, read_config
 from vision_peft.errors import UserError
 from vision_peft.generation.evaluation import Domain, compare_pictures
 from vision_peft.generation.picture_encoder import PictureEncoder
-from vision_peft.generation.sampling import draw_noise, pictures
+from vision_peft.generation.sampling import ALWAYS, Acts, draw_noise, pictures
 from vision_peft.report.picture_grid import save_grid
 
 ROOT = Path(__file__).parents[1]
@@ -104,20 +104,20 @@ def measure(generator: Path, folder: Path) -> None:
     for path in sorted(folder.glob("*/adapter")):
         load_adapter(backbone.network, path, sites=backbone.sites(), name=path.parent.name)
 
-    def show(mix: Mapping[str, float], below: float) -> Tensor:
+    def show(mix: Mapping[str, float], acts: Acts = ALWAYS) -> Tensor:
         if not mix:
             with frozen_weights(backbone.network):
                 return pictures(backbone, noise, [""] * COUNT)
         activate(backbone.network, mix)
-        return pictures(backbone, noise, [""] * COUNT, below=below)
+        return pictures(backbone, noise, [""] * COUNT, acts=acts)
 
-    source = show({}, 1.0)
+    source = show({})
     rows = []
     for pair, (first, second) in PAIRS.items():
-        below = read_config(folder / pair / "adapter")["acts_below"]
+        acts = tuple(read_config(folder / pair / "adapter")["acts"])
         mixes = {f"{first} alone": {first: 1.0}, f"{second} alone": {second: 1.0}, "half of each": {first: 0.5, second: 0.5}}
         mixes |= {"sum of both": {first: 1.0, second: 1.0}, "hybrid": {pair: 1.0}}
-        shown = {"source": source} | {title: show(mix, below) for title, mix in mixes.items()}
+        shown = {"source": source} | {title: show(mix, acts) for title, mix in mixes.items()}
         domains = {domain: Domain(real(domain, "shot", size), held_out(domain, size)) for domain in (first, second)}
         detectors = {domain: Detector(encoder, domain, size) for domain in (first, second)}
         hybrid = real("smile+sunglasses", "ref", size) if pair == "faces" else None
@@ -129,7 +129,7 @@ def measure(generator: Path, folder: Path) -> None:
     domain = {"sunglasses": Domain(real("sunglasses", "shot", size), held_out("sunglasses", size))}
     detector, shown = Detector(encoder, "sunglasses", size), {"source": source}
     for method in METHODS:
-        shown[method] = show({f"fit_{method}": 1.0}, 1.0)
+        shown[method] = show({f"fit_{method}": 1.0})
     for title, images in shown.items():
         found = compare_pictures(encoder, source, images, domain) | {"detected/sunglasses": detector.share(images)}
         if title in METHODS:

@@ -251,7 +251,7 @@ def test_the_hybrid_comes_nearer_to_both_domains(place, tmp_path, mode, ways):
         before = distances()
     assert all(now < 0.95 * then for now, then in zip(distances(), before))
     stored = read_config(tmp_path / "run" / "adapter")
-    assert stored["domains"]["red"] == {"weight": 0.5, "references": 3} and stored["acts_below"] == 0.4
+    assert stored["domains"]["red"] == {"weight": 0.5, "references": 3} and stored["acts"] == [0.05, 0.4]
     assert cli.trainer.callback_metrics["val/consistency"] <= 1
 
 
@@ -303,16 +303,17 @@ def test_hybrid_refuses_what_it_cannot_do(place, tmp_path):
 # ---- sampling ----
 
 
-def test_adapters_act_from_a_time_on(place, tmp_path):
+def test_adapters_act_between_two_times(place, tmp_path):
     cli = fit(config(place, "DiffusionFineTuning", {}, RED, max_steps=10), tmp_path)
     backbone, noise = cli.model.backbone.eval(), draw_noise(cli.model.backbone, 2, 0)
-    adapted, never = sample(backbone, noise, steps=4), sample(backbone, noise, steps=4, below=0.0)
+    always, never = sample(backbone, noise, steps=4), sample(backbone, noise, steps=4, acts=(1.0, 1.0))
     with cli.model.frozen():
         frozen = sample(backbone, noise, steps=4)
-    late = sample(backbone, noise, steps=4, below=0.5)
-    torch.testing.assert_close(never, frozen, atol=5e-2, rtol=0)  # the last step, t = 0, is the adapters' own
-    assert not torch.allclose(adapted, frozen, atol=1e-3)
-    assert (late - frozen).norm() < (adapted - frozen).norm()
+    torch.testing.assert_close(never, frozen, rtol=0, atol=0)
+    assert not torch.allclose(always, frozen, atol=1e-3)
+    early, late = (sample(backbone, noise, steps=4, acts=acts) for acts in ((0.4, 1.0), (0.0, 0.4)))
+    for found in (early, late):
+        assert not torch.allclose(found, frozen, atol=1e-4) and not torch.allclose(found, always, atol=1e-4)
 
 
 def test_sample_by_command(place, tmp_path, capsys):

@@ -65,7 +65,7 @@ def _rows(given: object) -> tuple[dict[str, Tensor], dict[str, str]]:
     from vision_peft.backbones.diffusion import Diffusion
     from vision_peft.engine.install import activate, adapters_off
     from vision_peft.engine.store import load_adapter, read_config
-    from vision_peft.generation.sampling import draw_noise, pictures
+    from vision_peft.generation.sampling import ALWAYS, Acts, draw_noise, pictures
 
     if given.backbone is not None:
         backbone = Diffusion(given.backbone, scheduler=given.scheduler)
@@ -74,23 +74,24 @@ def _rows(given: object) -> tuple[dict[str, Tensor], dict[str, str]]:
         if not isinstance(backbone, Diffusion):
             raise UserError(f"{given.folders[0]}: adapts a {type(backbone).__name__}, which generates nothing")
         if given.scheduler is not None:
-            backbone = Diffusion(backbone.name, scheduler=given.scheduler, config=backbone.config, pretrained=backbone.pretrained)
+            own = {name: getattr(backbone, name) for name in ("config", "pretrained", "autoencoder")}
+            backbone = Diffusion(backbone.name, scheduler=given.scheduler, **own)
     backbone.load()
     backbone.eval()
-    facts = [read_config(find_folders(folder)[0]) for folder in given.folders]
-    below = max((each.get("acts_below", 1.0) for each in facts), default=1.0)
     noise = draw_noise(backbone, given.count, given.seed)
     prompts = [given.prompts[index % len(given.prompts)] for index in range(given.count)]
 
-    def show() -> Tensor:
-        return pictures(backbone, noise, prompts, given.steps, given.guidance, given.seed, below)
+    def show(acts: Acts = ALWAYS) -> Tensor:
+        return pictures(backbone, noise, prompts, given.steps, given.guidance, given.seed, acts)
 
     titles: dict[str, Path] = {}
+    acts: dict[str, Acts] = {}
     for folder in given.folders:
         adapter, _ = find_folders(folder)
         title = folder.name if folder.name not in (*titles, "frozen", "mix") else str(folder)
         load_adapter(backbone.network, adapter, sites=backbone.sites(), name=title, resized=backbone.resized)
         titles[title] = adapter
+        acts[title] = tuple(read_config(adapter).get("acts", ALWAYS))
     told = {"frozen": backbone.name} | {title: str(path) for title, path in titles.items()}
     wanted: list[tuple[str, dict[str, float]]] = [("frozen", {})] + [(title, {title: 1.0}) for title in titles]
     if given.weights is not None:
@@ -101,7 +102,8 @@ def _rows(given: object) -> tuple[dict[str, Tensor], dict[str, str]]:
     for title, mix in tqdm(wanted, desc="rows", disable=len(wanted) == 1):
         if mix:
             activate(backbone.network, mix)
-            rows[title] = show()
+            spans = [acts[each] for each in mix]
+            rows[title] = show((min(low for low, _ in spans), max(high for _, high in spans)))
         else:
             with adapters_off(backbone.network):
                 rows[title] = show()

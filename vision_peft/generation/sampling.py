@@ -11,6 +11,9 @@ from torch import Tensor
 from vision_peft.backbones.diffusion import Condition, Diffusion
 from vision_peft.engine.install import frozen_weights
 
+Acts = tuple[float, float]
+ALWAYS: Acts = (0.0, 1.0)
+
 
 def draw_noise(backbone: Diffusion, count: int, seed: int) -> Tensor:
     """x_T (count, C, h, w): a seed gives the same pictures whatever the count, one after the other."""
@@ -27,14 +30,14 @@ def sample(
     guidance: float = 1.0,
     unconditional: Condition | None = None,
     seed: int = 0,
-    below: float = 1.0,
+    acts: Acts = ALWAYS,
 ) -> Tensor:
     """Clean x (B, C, h, w) from noise (B, C, h, w), by the backbone's scheduler.
 
     Args:
         guidance: w of out_u + w (out_c - out_u); 1: without, and `unconditional` is not needed.
         seed: of what a stochastic scheduler draws.
-        below: share of the noise schedule; adapters act from there on, so that what earlier steps decide is as without them.
+        acts: shares of the noise schedule between which adapters act: elsewhere, where they were not trained, they would blur and tint.
     """
     scheduler = type(backbone.scheduler).from_config(backbone.scheduler.config)
     scheduler.set_timesteps(steps)
@@ -53,17 +56,18 @@ def sample(
             x = scheduler.step(output.float(), time, x, **draw).prev_sample
         return x
 
-    times, late = scheduler.timesteps, below * scheduler.config.num_train_timesteps
-    if (times > late).any():
-        with frozen_weights(backbone.network):
-            x = walk(x, times[times > late])
-    return walk(x, times[times <= late])
+    times, (low, high) = scheduler.timesteps, (share * scheduler.config.num_train_timesteps for share in acts)
+    with frozen_weights(backbone.network):
+        x = walk(x, times[times > high])
+    x = walk(x, times[(times <= high) & (times >= low)])
+    with frozen_weights(backbone.network):
+        return walk(x, times[times < low])
 
 
 @torch.no_grad()
 def pictures(
     backbone: Diffusion, noise: Tensor, prompts: Sequence[str], steps: int = 30, guidance: float = 1.0, seed: int = 0,
-    below: float = 1.0, batch: int = 8,
+    acts: Acts = ALWAYS, batch: int = 8,
 ) -> Tensor:  # fmt: skip
     """(B, 3, H, W) in [-1, 1], clipped, on the processor, from noise (B, C, h, w) and a prompt each ("" for none); see sample()."""
     found = []
@@ -71,7 +75,7 @@ def pictures(
         words = prompts[start : start + batch]
         condition = backbone.condition(words)
         free = backbone.condition([backbone.no_prompt] * len(words)) if guidance != 1 else None
-        x = sample(backbone, noise[start : start + batch], condition, steps, guidance, free, seed, below)
+        x = sample(backbone, noise[start : start + batch], condition, steps, guidance, free, seed, acts)
         found.append(backbone.decode(x).float().clamp(-1, 1).cpu())
     return torch.cat(found)
 

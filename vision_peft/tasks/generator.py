@@ -16,7 +16,7 @@ from vision_peft.backbones.diffusion import Diffusion
 from vision_peft.errors import UserError
 from vision_peft.generation.evaluation import Domain, compare_pictures
 from vision_peft.generation.picture_encoder import PictureEncoder
-from vision_peft.generation.sampling import draw_noise, pictures
+from vision_peft.generation.sampling import ALWAYS, draw_noise, pictures
 from vision_peft.report.picture_grid import save_grid
 from vision_peft.tasks.base import Task
 from vision_peft.tasks.weight_average import WeightAverage
@@ -37,7 +37,7 @@ class GeneratorTask(Task):
         sample_steps, guidance: of sampling.
     """
 
-    acts_below = 1.0  # see generation.sampling.sample
+    acts = ALWAYS  # see generation.sampling.sample
 
     def __init__(
         self,
@@ -117,7 +117,7 @@ class GeneratorTask(Task):
 
     def generate(self, noise: Tensor, prompts: list[str]) -> Tensor:
         """Pictures (B, 3, H, W) in [-1, 1], clipped, by the network as it is now."""
-        return pictures(self.backbone, noise, prompts, self.sample_steps, self.guidance, below=self.acts_below)
+        return pictures(self.backbone, noise, prompts, self.sample_steps, self.guidance, acts=self.acts)
 
     def on_validation_epoch_end(self) -> None:
         if self.samples and not self.trainer.sanity_checking and self.trainer.is_global_zero:

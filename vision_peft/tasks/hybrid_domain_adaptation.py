@@ -60,7 +60,7 @@ class HybridDomainAdaptation(GeneratorTask):
         picture: weight of |x_T - x_S|, mean absolute difference of the two pictures in [-1, 1] (DiffusionCLIP's term); 0: off.
         mode: see above; `trajectory` costs `trajectory_steps` times the memory and time.
         times: shares of the noise schedule between which t is drawn: above, one step gives an average picture; below, only texture can
-            change. Pictures are sampled without adapters above, as they were not trained there.
+            change. Pictures are sampled without adapters above and below, where they were not trained.
         veil: references are embedded as the frozen generator sees them under noise at the times of training, so many times each: pictures
             estimated in one step are smooth, and against sharp references "sharper" would be a part of every direction; 0: as they are.
         measured: pictures that are generated for validation and test.
@@ -113,7 +113,7 @@ class HybridDomainAdaptation(GeneratorTask):
         self.ways, self.whiten = ways, whiten
         self.maps: list[Whitening | None] = []
         self.starts: list[Tensor | None] = []
-        self.veil, self.measured, self.acts_below = veil, measured, times[1]
+        self.veil, self.measured, self.acts = veil, measured, times
         self.spaces: list[dict[str, Subspace]] = []
         self.weights: dict[str, float] = {}
         self.bank: Tensor | None = None
@@ -198,7 +198,7 @@ class HybridDomainAdaptation(GeneratorTask):
         return load_file(kept)["x"]
 
     def facts(self) -> dict[str, Any]:
-        return {"task": "hybrid_domain_adaptation", "acts_below": self.acts_below, **self._facts}
+        return {"task": "hybrid_domain_adaptation", "acts": list(self.acts), **self._facts}
 
     # ---- the loss ----
 
