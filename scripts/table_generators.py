@@ -42,7 +42,7 @@ METHODS = {
     "tlora": "{class_path: TLoRA, init_args: {transform_rank: 1, rank: 4}}",
     "svfit": "SVFit",
 }
-RATES = {"lora": 1e-3, "dora": 1e-3, "tlora": 1e-3, "svfit": 1e-2}
+RATES = {"lora": 1e-3, "dora": 1e-3, "tlora": 1e-3, "svfit": 3e-2}
 
 
 def fit(folder: Path, config: str, *words: str) -> None:
@@ -185,7 +185,7 @@ def _cell(column: str, value: float | None) -> str:
         return ""
     if column in ("trained", "seconds"):
         return f"{value:,.0f}"
-    return f"{100 * value:.0f} %" if column.startswith(("detected", "copied")) else f"{value:.4f}" if "kid" in column else f"{value:.3f}"
+    return f"{100 * value:.0f} %" if column.startswith(("detected", "copied")) else f"{1000 * value if 'kid' in column else value:.3f}"
 
 
 def training(name: str) -> str:

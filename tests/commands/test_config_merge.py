@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import pytest
 import yaml
 
@@ -39,6 +41,19 @@ def test_settings_of_the_earlier_class_do_not_reach_the_later_one(config, tmp_pa
     for words in (["--config", config, "--config", over], [f"--config={config}", f"--config={over}"]):
         found = make_cli("fit", words, run=False).config["fit"].adapter.method
         assert found.class_path.endswith("SVFit") and found.init_args.rank is None
+
+
+@pytest.mark.parametrize(
+    "word", ["--adapter.method SVFit", "--adapter.method=SVFit", "--adapter.method {class_path: vision_peft.adapters.svfit.SVFit}"]
+)
+def test_nor_do_they_reach_a_class_that_a_word_names(config, monkeypatch, word):
+    monkeypatch.setattr(RunCLI, "instantiate_classes", lambda self: None)
+    found = make_cli("fit", ["--config", config, *word.split(" ", 1)], run=False).config["fit"].adapter.method
+    assert found.class_path.endswith("SVFit") and found.init_args.rank is None
+    found = make_cli("fit", ["--config", config, *word.split(" ", 1), "--adapter.method.rank", "2"], run=False).config["fit"].adapter.method
+    assert found.init_args.rank == 2
+    found = make_cli("fit", ["--config", config, "--adapter.method.alpha", "3", "--adapter.method", "LoRA"], run=False).config["fit"]
+    assert found.adapter.method.init_args.rank == yaml.safe_load(Path(config).read_text())["adapter"]["method"]["init_args"]["rank"]
 
 
 def test_a_mistake_in_one_of_several_files_still_names_it(config, tmp_path, error_line):

@@ -1,4 +1,4 @@
-"""Several YAML files as one: later ones first in rank, and a class that a later file names starts from its own defaults.
+"""Several YAML files as one: later ones first in rank; a class that a later file or a word names starts from its own defaults.
 
 jsonargparse would hand settings of the earlier class to the later one wherever a name agrees: a LoRA's rank of 8 in the task's file
 would silently become the rank of another method, whose author meant something else by it.
@@ -13,7 +13,7 @@ import yaml
 
 
 def merge_configs(argv: list[str]) -> list[str]:
-    """`argv` with its `--config FILE` options, where there are several, replaced by one with their content.
+    """`argv` with its `--config FILE` options, where there are several or a word names another class, replaced by one with their content.
 
     Files that are no readable YAML mapping are left for the parser to complain about.
     """
@@ -25,8 +25,6 @@ def merge_configs(argv: list[str]) -> list[str]:
             files.append(word.partition("=")[2])
         else:
             rest.append(word)
-    if len(files) < 2:
-        return argv
     tree: dict[str, Any] = {}
     for file in files:
         try:
@@ -36,7 +34,36 @@ def merge_configs(argv: list[str]) -> list[str]:
         if not isinstance(read, dict):
             return argv
         tree = overlaid(tree, read)
+    renamed = [_leave_to(word, value, tree) for word, value in _options(rest)]
+    if len(files) < 2 and not any(renamed):
+        return argv
     return ["--config", yaml.safe_dump(tree, sort_keys=False), *rest]
+
+
+def _options(words: list[str]) -> list[tuple[str, str]]:
+    """(key, value) of --key=value and --key value."""
+    split = [word.partition("=") for word in words]
+    followed = zip(split, [*words[1:], ""])
+    return [(key[2:], value if equals else after) for (key, equals, value), after in followed if key.startswith("--")]
+
+
+def _leave_to(key: str, value: str, tree: dict[str, Any]) -> bool:
+    """Drop what files say of `key` where the value of a word names another class; whether it did."""
+    *path, last = key.split(".")
+    for part in path:
+        tree = tree.get(part) if isinstance(tree, dict) else None
+    known = tree.get(last) if isinstance(tree, dict) else None
+    if not isinstance(known, dict) or not isinstance(known.get("class_path"), str):
+        return False
+    try:
+        told = yaml.safe_load(value)
+    except yaml.YAMLError:
+        return False
+    named = told.get("class_path") if isinstance(told, dict) else told
+    if not isinstance(named, str) or named.rpartition(".")[2] == known["class_path"].rpartition(".")[2]:
+        return False
+    del tree[last]
+    return True
 
 
 def overlaid(below: Any, above: Any) -> Any:
