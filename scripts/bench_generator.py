@@ -79,6 +79,7 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=7)
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--shapes", nargs="+", default=list(OURS), choices=list(OURS))
+    parser.add_argument("--precision", nargs="+", default=["float32", "bf16"], choices=["float32", "bf16"])
     parser.add_argument("--memory", nargs=3, metavar=("VARIANT", "SHAPE", "PRECISION"), help=argparse.SUPPRESS)
     args = parser.parse_args()
     torch.set_num_threads(args.threads)
@@ -89,7 +90,7 @@ def main() -> None:
     print(f"LoRA r={RANK}, {args.batch} pictures, {args.threads} thread(s), torch {torch.__version__}, {platform.machine()}, "
           f"{time.strftime('%Y-%m-%d')}")  # fmt: skip
     for shape in args.shapes:
-        for precision in ("float32", "bf16"):
+        for precision in args.precision:
             words = ("--batch", str(args.batch))
             memory = {each: in_fresh_process(__file__, *words, "--memory", each, shape, precision) for each in VARIANTS}
             seconds = interleave({each: stepper(each, shape, args.batch, precision) for each in VARIANTS}, args.rounds)
