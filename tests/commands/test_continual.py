@@ -36,6 +36,9 @@ class KillAt(pl.Callback):
             os.kill(os.getpid(), signal.SIGKILL)
 """
 
+VIT = "{class_path: vision_peft.backbones.Vit, init_args: {name: test_vit, pretrained: false, image_size: 32}}"
+ANOTHER_TASK = f"{{class_path: FewShotClassification, init_args: {{backbone: {VIT}}}}}"
+
 
 def source(start: int, stop: int) -> dict:
     return {"class_path": "ClassSubset", "init_args": {"source": {"class_path": "Digits"}, "start": start, "stop": stop}}
@@ -168,7 +171,7 @@ def test_a_method_without_ranks_has_no_picture_of_them(here, folder, capsys):
     "more, message",
     [
         (["--adapter.method", "null"], "adapter.method: a sequence needs a method"),
-        (["--model", "FewShotClassification"], "a sequence is trained by ContinualClassification"),
+        (["--model", ANOTHER_TASK, "--adapter.targets", "vision.5.*"], "a sequence is trained by ContinualClassification"),
         (["--trainer.devices", "2"], "trainer.devices: a sequence runs in one process"),
         (["--trainer.max_stepz", "2"], "max_stepz"),
     ],
