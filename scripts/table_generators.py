@@ -27,9 +27,10 @@ from vision_peft.data.generator_images import load_pictures, read_pictures
 from vision_peft.engine.install import activate, frozen_weights, installed
 from vision_peft.engine.store import load_adapter, read_config
 from vision_peft.errors import UserError
+from vision_peft.generation.acts import ALWAYS, Acts, acts_of
 from vision_peft.generation.evaluation import Domain, compare_pictures
 from vision_peft.generation.picture_encoder import PictureEncoder
-from vision_peft.generation.sampling import ALWAYS, Acts, draw_noise, pictures
+from vision_peft.generation.sampling import draw_noise, pictures
 from vision_peft.report.picture_grid import save_grid
 
 ROOT = Path(__file__).parents[1]
@@ -114,10 +115,11 @@ def measure(generator: Path, folder: Path) -> None:
     source = show({})
     rows = []
     for pair, (first, second) in PAIRS.items():
-        acts = tuple(read_config(folder / pair / "adapter")["acts"])
+        acts = acts_of(read_config(folder / pair / "adapter"), folder / pair)
         mixes = {f"{first} alone": {first: 1.0}, f"{second} alone": {second: 1.0}, "half of each": {first: 0.5, second: 0.5}}
         mixes |= {"sum of both": {first: 1.0, second: 1.0}, "hybrid": {pair: 1.0}}
         shown = {"source": source} | {title: show(mix, acts) for title, mix in mixes.items()}
+        shown["hybrid at all times"] = show({pair: 1.0})
         domains = {domain: Domain(real(domain, "shot", size), held_out(domain, size)) for domain in (first, second)}
         detectors = {domain: Detector(encoder, domain, size) for domain in (first, second)}
         hybrid = real("smile+sunglasses", "ref", size) if pair == "faces" else None

@@ -36,6 +36,7 @@ from vision_peft.backbones.tiny_autoencoder import SCALE, STATISTICS, TinyAutoen
 from vision_peft.data.roots import existing
 from vision_peft.engine.precision import cpu_has_bfloat16
 from vision_peft.engine.store import staged_folder
+from vision_peft.user_cache import kept_tensors
 
 BATCH, RATE, WARMUP, AVERAGE, GAMMA, EVERY = 8, 4e-4, 200, 0.999, 5.0, 500
 SHAPE = {"layers_per_block": 1, "attention_head_dim": 32, "norm_num_groups": 8}
@@ -83,12 +84,10 @@ class Pictures:
     @torch.no_grad()
     def shown(self, x: Tensor) -> Tensor:
         """Pictures in [0, 1] of what the network works on."""
-        images = x if self.autoencoder is None else torch.cat([decoded(self.autoencoder, part) for part in x.split(BATCH)])
-        return images.clamp(-1, 1) / 2 + 0.5
-
-
-def decoded(autoencoder: TinyAutoencoder, x: Tensor) -> Tensor:
-    return autoencoder.decode(x * autoencoder.std + autoencoder.mean)[0]
+        if self.autoencoder is not None:
+            latents = x * self.autoencoder.std + self.autoencoder.mean
+            x = torch.cat([self.autoencoder.decode(part)[0] for part in latents.split(BATCH)])
+        return x.clamp(-1, 1) / 2 + 0.5
 
 
 def read(file: str, domain: str | None, size: int) -> dict[str, Tensor]:
@@ -103,19 +102,19 @@ def read(file: str, domain: str | None, size: int) -> dict[str, Tensor]:
 
 
 @torch.no_grad()
-def encoded(images: dict[str, Tensor], folder: Path) -> Pictures:
-    """Latents with mean 0 and deviation 1 in every channel over the pictures that are trained on."""
+def encoded(images: dict[str, Tensor], autoencoder: TinyAutoencoder, kept: Path) -> Pictures:
+    """Latents with mean 0 and deviation 1 in every channel over the pictures that are trained on; computed once, into the file `kept`."""
 
     def encode(pictures: Tensor) -> Tensor:
-        return torch.cat([plain.encode(part / 127.5 - 1).latents for part in tqdm(pictures.split(BATCH), "autoencoder")])
+        return torch.cat([autoencoder.encode(part / 127.5 - 1).latents for part in tqdm(pictures.split(BATCH), "autoencoder")])
 
-    plain = load_tiny_autoencoder(folder)
-    views = torch.stack([encode(images["train"]), encode(images["train"].flip(3))])
-    mean, std = views.mean((0, 1, 3, 4)), views.std((0, 1, 3, 4))
-    whitened = TinyAutoencoder(mean.tolist(), std.tolist())
-    whitened.load_state_dict(plain.state_dict() | {"mean": whitened.mean, "std": whitened.std})
-    held_out = (encode(images["val"]) - whitened.mean) / whitened.std
-    return Pictures((views - whitened.mean) / whitened.std, held_out, whitened.eval())
+    def compute() -> dict[str, Tensor]:
+        return {"views": torch.stack([encode(images["train"]), encode(images["train"].flip(3))]), "held_out": encode(images["val"])}
+
+    found = kept_tensors(kept, compute)
+    views, held_out = found["views"], found["held_out"]
+    autoencoder.mean, autoencoder.std = (each[:, None, None] for each in (views.mean((0, 1, 3, 4)), views.std((0, 1, 3, 4))))
+    return Pictures(*((each - autoencoder.mean) / autoencoder.std for each in (views, held_out)), autoencoder)
 
 
 def loss_of(unet: nn.Module, scheduler: DDIMScheduler, images: Tensor, draw: torch.Generator) -> Tensor:
@@ -205,7 +204,7 @@ def main() -> None:
     if given.autoencoder is None:
         pictures = Pictures(torch.stack([images["train"], images["train"].flip(3)]), images["val"])
     else:
-        pictures = encoded(images, given.autoencoder)
+        pictures = encoded(images, load_tiny_autoencoder(given.autoencoder), given.folder / "work" / "latents.safetensors")
     unet = train(pictures, given.folder, given.steps)
     facts = {"images": given.images, "pictures": pictures.views.shape[1], "steps": given.steps, "batch": BATCH}
     parts = {"unet", "scheduler", "model_index.json", "training.json", STATISTICS}

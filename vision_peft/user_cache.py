@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import tempfile
+from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -14,6 +15,15 @@ if TYPE_CHECKING:
 def cache_folder(kind: str = "") -> Path:
     """A folder in $VISION_PEFT_CACHE, or in ~/.cache/vision_peft; read from the environment at every call, not created."""
     return Path(os.environ.get("VISION_PEFT_CACHE") or "~/.cache/vision_peft").expanduser() / kind
+
+
+def kept_tensors(path: Path, compute: Callable[[], dict[str, Tensor]]) -> dict[str, Tensor]:
+    """Those of a safetensors file, which is computed and written first where it is not there."""
+    from safetensors.torch import load_file
+
+    if not path.is_file():
+        keep_tensors(path, compute())
+    return load_file(path)
 
 
 def keep_tensors(path: Path, tensors: dict[str, Tensor]) -> None:

@@ -7,7 +7,15 @@ import shutil
 
 import pytest
 import torch
-from diffusers import DDIMPipeline, DDIMScheduler, DiTPipeline, PixArtTransformer2DModel, SD3Transformer2DModel, StableDiffusionPipeline
+from diffusers import (
+    AsymmetricAutoencoderKL,
+    DDIMPipeline,
+    DDIMScheduler,
+    DiTPipeline,
+    PixArtTransformer2DModel,
+    SD3Transformer2DModel,
+    StableDiffusionPipeline,
+)
 from generators import classes, stable_diffusion, unconditional
 from safetensors.torch import save_file
 
@@ -79,6 +87,21 @@ def test_encoding_is_undone_by_decoding_up_to_the_autoencoder(folders):
     expected = backbone.vae.decode(backbone.vae.encode(images).latent_dist.mode()).sample
     assert latents.shape == (2, 4, 8, 8)
     torch.testing.assert_close(backbone.decode(latents), expected)
+
+
+def test_every_variational_autoencoder_is_drawn_from(folders):
+    backbone = loaded(folders["stable_diffusion"])
+    torch.manual_seed(0)
+    backbone.vae = AsymmetricAutoencoderKL(
+        down_block_types=("DownEncoderBlock2D",) * 2, down_block_out_channels=(16, 16),
+        up_block_types=("UpDecoderBlock2D",) * 2, up_block_out_channels=(16, 16), norm_num_groups=8,
+    ).eval()  # fmt: skip
+    images = torch.rand(2, 3, 16, 16) * 2 - 1
+    with torch.no_grad():
+        told = backbone.vae.encode(images).latent_dist
+        draws = [torch.Generator().manual_seed(1) for _ in range(2)]
+        torch.testing.assert_close(backbone.encode(images), told.mode() * backbone.vae.config.scaling_factor)
+        torch.testing.assert_close(backbone.encode(images, draws[0]), told.sample(draws[1]) * backbone.vae.config.scaling_factor)
 
 
 def test_prompts_by_kind(folders):

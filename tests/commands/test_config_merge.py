@@ -56,6 +56,18 @@ def test_nor_do_they_reach_a_class_that_a_word_names(config, monkeypatch, word):
     assert found.adapter.method.init_args.rank == yaml.safe_load(Path(config).read_text())["adapter"]["method"]["init_args"]["rank"]
 
 
+def test_words_reach_through_the_class_above(config, monkeypatch):
+    """As `--model.optimizer`, which stands in a file under model.init_args."""
+    monkeypatch.setattr(RunCLI, "instantiate_classes", lambda self: None)
+    tree = yaml.safe_load(Path(config).read_text())
+    tree["model"]["init_args"]["optimizer"] = {"class_path": "torch.optim.AdamW", "init_args": {"lr": 0.25}}
+    Path(config).write_text(yaml.safe_dump(tree))
+    found = make_cli("fit", ["--config", config, "--model.optimizer", "torch.optim.SGD"], run=False).config["fit"].model.init_args
+    assert found.optimizer.class_path.endswith("SGD") and found.optimizer.init_args.lr != 0.25
+    found = make_cli("fit", ["--config", config, "--model.optimizer", "torch.optim.AdamW"], run=False).config["fit"].model.init_args
+    assert found.optimizer.init_args.lr == 0.25
+
+
 def test_a_mistake_in_one_of_several_files_still_names_it(config, tmp_path, error_line):
     (tmp_path / "method.yaml").write_text(yaml.safe_dump({"adapter": {"method": {"class_path": "LoRA", "init_args": {"rnk": 2}}}}))
     line = error_line(["fit", "--config", config, "--config", str(tmp_path / "method.yaml")])

@@ -253,6 +253,9 @@ def test_the_hybrid_comes_nearer_to_both_domains(place, tmp_path, mode, ways):
     stored = read_config(tmp_path / "run" / "adapter")
     assert stored["domains"]["red"] == {"weight": 0.5, "references": 3} and stored["acts"] == [0.05, 0.4]
     assert cli.trainer.callback_metrics["val/consistency"] <= 1
+    if (mode, ways) == ("one_step", "picture"):  # other layouts cannot say at which times an adapter acts
+        with pytest.warns(UserWarning, match=r"acts between 0\.05 and 0\.4 of the noise schedule only, which --to pipeline cannot say"):
+            assert main(["export", str(tmp_path / "run"), "--to", "pipeline", "--output", str(tmp_path / "pipeline")]) == 0
 
 
 @pytest.mark.parametrize("generator, prompts", [("text", ["a b", "c"]), ("classes", ["1", "4"])])

@@ -6,7 +6,6 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
-from diffusers import AutoencoderKL
 from diffusers.models.autoencoders.vae import DiagonalGaussianDistribution
 from torch import Tensor
 
@@ -134,7 +133,7 @@ class Diffusion(Backbone):
         if not self.has_autoencoder:
             return posterior
         latents = posterior
-        if isinstance(self.vae, AutoencoderKL):
+        if posterior.shape[1] == 2 * self.vae.config.latent_channels:
             gaussian = DiagonalGaussianDistribution(posterior)
             latents = gaussian.mode() if generator is None else gaussian.sample(generator)
         return (latents - self._shift) * self.vae.config.scaling_factor

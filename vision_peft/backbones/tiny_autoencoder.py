@@ -72,7 +72,7 @@ class TinyAutoencoder(nn.Module):
 
     @property
     def config(self) -> SimpleNamespace:
-        return SimpleNamespace(shift_factor=self.mean, scaling_factor=1 / self.std)
+        return SimpleNamespace(latent_channels=LATENTS, shift_factor=self.mean, scaling_factor=1 / self.std)
 
     def encode(self, images: Tensor) -> SimpleNamespace:
         """`latents` (B, 32, H / 8, W / 8) of pictures (B, 3, H, W) in [-1, 1]; always the same ones."""

@@ -49,10 +49,12 @@ def _options(words: list[str]) -> list[tuple[str, str]]:
 
 def _leave_to(key: str, value: str, tree: dict[str, Any]) -> bool:
     """Drop what files say of `key` where the value of a word names another class; whether it did."""
-    *path, last = key.split(".")
-    for part in path:
-        tree = tree.get(part) if isinstance(tree, dict) else None
-    known = tree.get(last) if isinstance(tree, dict) else None
+    known: Any = tree
+    for part in key.split("."):
+        holder = _holder(known, part)
+        if holder is None:
+            return False
+        known = holder[part]
     if not isinstance(known, dict) or not isinstance(known.get("class_path"), str):
         return False
     try:
@@ -62,8 +64,15 @@ def _leave_to(key: str, value: str, tree: dict[str, Any]) -> bool:
     named = told.get("class_path") if isinstance(told, dict) else told
     if not isinstance(named, str) or named.rpartition(".")[2] == known["class_path"].rpartition(".")[2]:
         return False
-    del tree[last]
+    del holder[part]
     return True
+
+
+def _holder(tree: Any, key: str) -> dict[str, Any] | None:
+    """The mapping with `key`: the tree itself, or, as words leave it out, what its class is made with."""
+    if isinstance(tree, dict) and key not in tree:
+        tree = tree.get("init_args")
+    return tree if isinstance(tree, dict) and key in tree else None
 
 
 def overlaid(below: Any, above: Any) -> Any:

@@ -11,6 +11,7 @@ import copy
 import os
 import shutil
 import tempfile
+import warnings
 from collections.abc import Callable
 from importlib.util import find_spec
 from pathlib import Path
@@ -30,6 +31,7 @@ from vision_peft.engine.merged import save_merged
 from vision_peft.engine.peft_layout import save_peft
 from vision_peft.engine.store import CARD, CONFIG, WEIGHTS, load_adapter, read_config, read_tensors, replace_folder
 from vision_peft.errors import UserError
+from vision_peft.generation.acts import ALWAYS, acts_of
 
 # of the largest output: float32 sums in another order
 TOLERANCE = {"adapter": 0.0, "merged": 1e-4, "peft": 1e-5, "diffusers": 1e-5, "pipeline": 1e-4}
@@ -70,6 +72,10 @@ def export(folder: Path, form: str, output: Path, rank: int | None = None, force
     adapters = load_adapter(backbone.network, adapter, sites=backbone.sites(), resized=backbone.resized)
     if form in ("peft", "diffusers") and (beside := read_config(adapter)["beside"]):
         raise UserError(f"{adapter}: this layout has no place for what was trained beside the method ({min(beside)}): use --to merged")
+    acts = acts_of(read_config(adapter), adapter)
+    if acts != ALWAYS and form != "adapter":
+        span = f"between {acts[0]:g} and {acts[1]:g} of the noise schedule"
+        warnings.warn(f"{adapter}: acts {span} only, which --to {form} cannot say: its pictures will differ", stacklevel=2)
     run = on_random_input(backbone, text=any(site.target.startswith("text.") for site in adapters.sites))
     name, approximation = "default", ""
     if rank is not None:

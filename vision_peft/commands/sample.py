@@ -65,7 +65,8 @@ def _rows(given: object) -> tuple[dict[str, Tensor], dict[str, str]]:
     from vision_peft.backbones.diffusion import Diffusion
     from vision_peft.engine.install import activate, adapters_off
     from vision_peft.engine.store import load_adapter, read_config
-    from vision_peft.generation.sampling import ALWAYS, Acts, draw_noise, pictures
+    from vision_peft.generation.acts import ALWAYS, Acts, acts_of
+    from vision_peft.generation.sampling import draw_noise, pictures
 
     if given.backbone is not None:
         backbone = Diffusion(given.backbone, scheduler=given.scheduler)
@@ -91,7 +92,7 @@ def _rows(given: object) -> tuple[dict[str, Tensor], dict[str, str]]:
         title = folder.name if folder.name not in (*titles, "frozen", "mix") else str(folder)
         load_adapter(backbone.network, adapter, sites=backbone.sites(), name=title, resized=backbone.resized)
         titles[title] = adapter
-        acts[title] = tuple(read_config(adapter).get("acts", ALWAYS))
+        acts[title] = acts_of(read_config(adapter), adapter)
     told = {"frozen": backbone.name} | {title: str(path) for title, path in titles.items()}
     wanted: list[tuple[str, dict[str, float]]] = [("frozen", {})] + [(title, {title: 1.0}) for title in titles]
     if given.weights is not None:

@@ -4,15 +4,14 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Sequence
+from contextlib import nullcontext
 
 import torch
 from torch import Tensor
 
 from vision_peft.backbones.diffusion import Condition, Diffusion
 from vision_peft.engine.install import frozen_weights
-
-Acts = tuple[float, float]
-ALWAYS: Acts = (0.0, 1.0)
+from vision_peft.generation.acts import ALWAYS, Acts
 
 
 def draw_noise(backbone: Diffusion, count: int, seed: int) -> Tensor:
@@ -57,11 +56,26 @@ def sample(
         return x
 
     times, (low, high) = scheduler.timesteps, (share * scheduler.config.num_train_timesteps for share in acts)
-    with frozen_weights(backbone.network):
-        x = walk(x, times[times > high])
-    x = walk(x, times[(times <= high) & (times >= low)])
-    with frozen_weights(backbone.network):
-        return walk(x, times[times < low])
+    for part, adapted in ((times > high, False), ((times <= high) & (times >= low), True), (times < low, False)):
+        if part.any():
+            with nullcontext() if adapted else frozen_weights(backbone.network):
+                x = walk(x, times[part])
+    return x
+
+
+@torch.no_grad()
+def sample_prompts(
+    backbone: Diffusion, noise: Tensor, prompts: Sequence[str], steps: int = 30, guidance: float = 1.0, seed: int = 0,
+    acts: Acts = ALWAYS, batch: int = 8,
+) -> Tensor:  # fmt: skip
+    """Clean x (B, C, h, w), on the processor, from noise (B, C, h, w) and a prompt each ("" for none); see sample()."""
+    found = []
+    for start in range(0, len(noise), batch):
+        words = prompts[start : start + batch]
+        condition = backbone.condition(words)
+        free = backbone.condition([backbone.no_prompt] * len(words)) if guidance != 1 else None
+        found.append(sample(backbone, noise[start : start + batch], condition, steps, guidance, free, seed, acts).cpu())
+    return torch.cat(found)
 
 
 @torch.no_grad()
@@ -69,15 +83,9 @@ def pictures(
     backbone: Diffusion, noise: Tensor, prompts: Sequence[str], steps: int = 30, guidance: float = 1.0, seed: int = 0,
     acts: Acts = ALWAYS, batch: int = 8,
 ) -> Tensor:  # fmt: skip
-    """(B, 3, H, W) in [-1, 1], clipped, on the processor, from noise (B, C, h, w) and a prompt each ("" for none); see sample()."""
-    found = []
-    for start in range(0, len(noise), batch):
-        words = prompts[start : start + batch]
-        condition = backbone.condition(words)
-        free = backbone.condition([backbone.no_prompt] * len(words)) if guidance != 1 else None
-        x = sample(backbone, noise[start : start + batch], condition, steps, guidance, free, seed, acts)
-        found.append(backbone.decode(x).float().clamp(-1, 1).cpu())
-    return torch.cat(found)
+    """(B, 3, H, W) in [-1, 1], clipped, on the processor; see sample_prompts()."""
+    x = sample_prompts(backbone, noise, prompts, steps, guidance, seed, acts, batch)
+    return torch.cat([backbone.decode(part.to(backbone.device)).float().clamp(-1, 1).cpu() for part in x.split(batch)])
 
 
 def _output(backbone: Diffusion, x: Tensor, told: Tensor, condition: Condition | None) -> Tensor:

@@ -7,13 +7,12 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import load_file
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 from tqdm.auto import tqdm
 
 from vision_peft.backbones.base import Backbone
-from vision_peft.user_cache import cache_folder, keep_tensors
+from vision_peft.user_cache import cache_folder, kept_tensors
 
 
 class HiddenStates(Dataset):
@@ -33,12 +32,11 @@ class HiddenStates(Dataset):
     def __init__(self, data: Any, backbone: Backbone, block: int, device: torch.device, precision: Any, disk: bool, identity: str) -> None:
         self.data, self.views = data, data.views
         path = _path(data, backbone, block, identity, precision) if disk else None
-        if path is not None and path.is_file():
-            self.states = load_file(path)["states"]
-            return
-        self.states = self._compute(backbone, block, device, precision)
-        if path is not None:
-            keep_tensors(path, {"states": self.states})
+
+        def compute() -> dict[str, Tensor]:
+            return {"states": self._compute(backbone, block, device, precision)}
+
+        self.states = (compute() if path is None else kept_tensors(path, compute))["states"]
 
     def __len__(self) -> int:
         return len(self.data)

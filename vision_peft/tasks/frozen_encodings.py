@@ -3,18 +3,16 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable
-from pathlib import Path
+from collections.abc import Callable, Sequence
 from typing import Literal
 
 import torch
-from safetensors.torch import load_file
 from torch import Tensor
 from tqdm.auto import tqdm
 
 from vision_peft.backbones.diffusion import Condition, Diffusion
 from vision_peft.engine.fingerprint import fingerprint
-from vision_peft.user_cache import cache_folder, keep_tensors
+from vision_peft.user_cache import cache_folder, kept_tensors
 
 BATCH = 8  # pictures that pass the autoencoder at once
 NESTED = "/"
@@ -42,7 +40,7 @@ class FrozenEncodings:
             return {"posterior": torch.cat([self.backbone.posterior(part.to(device) / 127.5 - 1).float().cpu() for part in parts])}
 
         own = hashlib.sha256(images.contiguous().numpy()).hexdigest()
-        return self._kept("latents", f"{tuple(images.shape)}/{own}", ("vae",), compute)["posterior"]
+        return self._kept("latents", f"{tuple(images.shape)}/{own}", ["vae"], compute)["posterior"]
 
     def condition(self, prompts: list[str]) -> Condition:
         """What the denoiser is told of prompts, on its device; see Diffusion.condition()."""
@@ -51,28 +49,28 @@ class FrozenEncodings:
                 self._told[prompt] = self._of_text(prompt) if self.backbone.is_conditional else self.backbone.condition([prompt])
         return _joined([self._told[prompt] for prompt in prompts])
 
-    def _of_text(self, prompt: str) -> Condition:
-        parts = tuple(part for part, _ in self.backbone.named_children() if part.startswith("text_encoder"))
-        facts = f"{type(self.backbone.network).__name__}/{self.backbone.preprocess.size}/{prompt}"
-        found = self._kept("prompts", facts, parts, lambda: _flat(self.backbone.condition([prompt])))
-        return _nested({key: value.to(self.backbone.device) for key, value in found.items()})
+    @property
+    def text_encoders(self) -> list[str]:
+        return [part for part, _ in self.backbone.named_children() if part.startswith("text_encoder")]
 
-    def _kept(self, kind: str, facts: str, parts: tuple[str, ...], compute: Callable[[], dict[str, Tensor]]) -> dict[str, Tensor]:
-        path = self._path(kind, facts, parts) if self.on_disk else None
-        if path is not None and path.is_file():
-            return load_file(path)
-        with torch.inference_mode(False), torch.no_grad(), torch.autocast(self.backbone.device.type, enabled=False):
-            found = compute()
-        if path is not None:
-            keep_tensors(path, found)
-        return found
-
-    def _path(self, kind: str, facts: str, parts: tuple[str, ...]) -> Path:
+    def marks(self, parts: Sequence[str]) -> str:
+        """Fingerprints of parts of the backbone, each computed once."""
         for part in parts:
             if part not in self._marks:
                 self._marks[part] = fingerprint(getattr(self.backbone, part))
-        marks = "/".join(self._marks[part] for part in parts)
-        return cache_folder(kind) / f"{hashlib.sha256(f'{marks}/{facts}'.encode()).hexdigest()[:32]}.safetensors"
+        return "/".join(self._marks[part] for part in parts)
+
+    def _of_text(self, prompt: str) -> Condition:
+        facts = f"{type(self.backbone.network).__name__}/{self.backbone.preprocess.size}/{prompt}"
+        found = self._kept("prompts", facts, self.text_encoders, lambda: _flat(self.backbone.condition([prompt])))
+        return _nested({key: value.to(self.backbone.device) for key, value in found.items()})
+
+    def _kept(self, kind: str, facts: str, parts: Sequence[str], compute: Callable[[], dict[str, Tensor]]) -> dict[str, Tensor]:
+        with torch.inference_mode(False), torch.no_grad(), torch.autocast(self.backbone.device.type, enabled=False):
+            if not self.on_disk:
+                return compute()
+            name = hashlib.sha256(f"{self.marks(parts)}/{facts}".encode()).hexdigest()[:32]
+            return kept_tensors(cache_folder(kind) / f"{name}.safetensors", compute)
 
 
 def _flat(condition: Condition) -> dict[str, Tensor]:

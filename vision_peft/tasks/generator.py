@@ -14,9 +14,10 @@ from torch import Tensor
 
 from vision_peft.backbones.diffusion import Diffusion
 from vision_peft.errors import UserError
+from vision_peft.generation.acts import ALWAYS
 from vision_peft.generation.evaluation import Domain, compare_pictures
 from vision_peft.generation.picture_encoder import PictureEncoder
-from vision_peft.generation.sampling import ALWAYS, draw_noise, pictures
+from vision_peft.generation.sampling import draw_noise, pictures
 from vision_peft.report.picture_grid import save_grid
 from vision_peft.tasks.base import Task
 from vision_peft.tasks.weight_average import WeightAverage
@@ -37,7 +38,7 @@ class GeneratorTask(Task):
         sample_steps, guidance: of sampling.
     """
 
-    acts = ALWAYS  # see generation.sampling.sample
+    acts = ALWAYS  # see generation.acts
 
     def __init__(
         self,

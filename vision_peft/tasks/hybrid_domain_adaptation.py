@@ -17,7 +17,6 @@ import lightning.pytorch as pl
 import torch
 from lightning.pytorch.cli import OptimizerCallable
 from lightning.pytorch.utilities import rank_zero_info
-from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from vision_peft.backbones.base import Backbone
@@ -27,16 +26,16 @@ from vision_peft.engine.fingerprint import fingerprint
 from vision_peft.errors import UserError
 from vision_peft.generation.evaluation import Domain
 from vision_peft.generation.picture_encoder import PictureEncoder
-from vision_peft.generation.sampling import draw_noise, sample
+from vision_peft.generation.sampling import draw_noise, sample_prompts
 from vision_peft.linalg.subspace import Subspace
 from vision_peft.linalg.whitening import Whitening
 from vision_peft.tasks.directional_subspace import Mode, direction_loss, distance_loss, perpendiculars
 from vision_peft.tasks.frozen_encodings import FrozenEncodings
 from vision_peft.tasks.generator import GeneratorTask
-from vision_peft.user_cache import cache_folder, keep_tensors
+from vision_peft.user_cache import cache_folder, kept_tensors
 
 SOURCE_SEED, VEIL_SEED = 1, 3
-OWN_BATCH = 32  # pictures that are drawn at once
+OWN_BATCH = 32  # of the generator's own pictures
 
 
 class HybridDomainAdaptation(GeneratorTask):
@@ -152,7 +151,7 @@ class HybridDomainAdaptation(GeneratorTask):
         with self.frozen(), torch.no_grad():
             references = {name: self._veiled(data.references(name)) if self.veil else data.references(name) for name in data.weights}
             self.bank = self._own_pictures(self.prompts_shown(data, data.sources))
-            own = [self.backbone.decode(part.to(self.device)).float().cpu() for part in self.bank.split(32)]
+            own = [self.backbone.decode(part.to(self.device)).float().cpu() for part in self.bank.split(OWN_BATCH)]
         for index in range(len(self.encoders) - self.has_judge):
             embedded = self.encoders[index].many(torch.cat(own))
             self.maps.append(Whitening.of(embedded, self.whiten) if self.whiten is not None else None)
@@ -183,19 +182,16 @@ class HybridDomainAdaptation(GeneratorTask):
 
     def _own_pictures(self, prompts: list[str]) -> Tensor:
         """Clean x (a prompt each, C, h, w) of the frozen generator, kept by what it is and how they were drawn."""
-        how = f"{self.backbone.scheduler.config}/{self.sample_steps}/{self.guidance}/{prompts}/{SOURCE_SEED}"
-        name = hashlib.sha256(f"{fingerprint(self.backbone.network)}/{how}".encode()).hexdigest()[:24]
-        kept = cache_folder("generated") / f"{name}.safetensors"
-        if not kept.is_file():
-            rank_zero_info(f"{len(prompts)} pictures of the generator's own are drawn and kept in {kept}")
-            found = []
-            for start in range(0, len(prompts), OWN_BATCH):
-                words = prompts[start : start + OWN_BATCH]
-                free = self.encodings.condition([self.backbone.no_prompt] * len(words)) if self.guidance != 1 else None
-                noise = draw_noise(self.backbone, len(prompts), SOURCE_SEED)[start : start + OWN_BATCH]
-                found.append(sample(self.backbone, noise, self.encodings.condition(words), self.sample_steps, self.guidance, free).cpu())
-            keep_tensors(kept, {"x": torch.cat(found)})
-        return load_file(kept)["x"]
+        marks = f"{fingerprint(self.backbone.network)}/{self.encodings.marks(self.encodings.text_encoders)}"
+        facts = f"{marks}/{self.backbone.scheduler.config}/{self.sample_steps}/{self.guidance}/{prompts}/{SOURCE_SEED}"
+        path = cache_folder("generated") / f"{hashlib.sha256(facts.encode()).hexdigest()[:24]}.safetensors"
+
+        def draw() -> dict[str, Tensor]:
+            rank_zero_info(f"{len(prompts)} pictures of the generator's own are drawn and kept in {path}")
+            noise = draw_noise(self.backbone, len(prompts), SOURCE_SEED)
+            return {"x": sample_prompts(self.backbone, noise, prompts, self.sample_steps, self.guidance, batch=OWN_BATCH)}
+
+        return kept_tensors(path, draw)["x"]
 
     def facts(self) -> dict[str, Any]:
         return {"task": "hybrid_domain_adaptation", "acts": list(self.acts), **self._facts}
