@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
+import warnings
 from functools import cache
 
 import torch
-from lightning.pytorch.utilities import rank_zero_warn
 
 
 @cache
@@ -25,5 +25,5 @@ def computable(precision: str | int | None, accelerator: str) -> str | int | Non
     on_cpu = accelerator == "cpu" or (accelerator == "auto" and not torch.cuda.is_available() and not torch.backends.mps.is_available())
     if precision not in ("bf16-mixed", "bf16") or not on_cpu or cpu_has_bfloat16():
         return precision
-    rank_zero_warn("trainer.precision: this processor has no bfloat16 instructions, which bf16-mixed needs; 32-true is used")
+    warnings.warn("trainer.precision: this processor has no bfloat16 instructions, which bf16-mixed needs; 32-true is used", stacklevel=2)
     return "32-true"
