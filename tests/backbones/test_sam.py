@@ -17,6 +17,7 @@ from vision_peft.backbones.sam_attention import FoldedAttention
 from vision_peft.backbones.segmentation import Prompts
 from vision_peft.engine.adapter import find_method
 from vision_peft.engine.contract import CHECKS, run_contract
+from vision_peft.engine.dot_product import by_products, in_pieces
 from vision_peft.engine.install import attach, detach
 from vision_peft.engine.targets import resolve
 from vision_peft.errors import UserError
@@ -72,7 +73,7 @@ def test_folded_attention_is_exact_on_the_memory_saving_path_too():
 
 def test_every_path_of_attention_gives_the_same_output_and_gradients():
     found = []
-    for path in (sam_attention._products, sam_attention._in_pieces, sam_attention._by_kernel):
+    for path in (by_products, in_pieces, sam_attention._by_kernel):
         torch.manual_seed(0)
         q, k, v = (torch.randn(1, 2, 1100, width, requires_grad=True) for width in (12, 12, 8))
         out = path(0.3 * q, k, v)

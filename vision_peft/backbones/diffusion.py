@@ -10,6 +10,7 @@ from diffusers.models.autoencoders.vae import DiagonalGaussianDistribution
 from torch import Tensor
 
 from vision_peft.backbones.base import Backbone, Preprocess
+from vision_peft.backbones.diffusion_attention import choose_attention
 from vision_peft.backbones.diffusion_files import find_model
 from vision_peft.backbones.diffusion_sites import name_denoiser_sites
 from vision_peft.backbones.noise_schedule import NoiseSchedule
@@ -73,6 +74,7 @@ class Diffusion(Backbone):
             network = type(self.network).from_config(self.network.config)
             announce(f"backbone {self.name}: its denoiser starts from random weights")
         self.network = network.requires_grad_(False)
+        choose_attention(self.network)
         if self.files.is_pipeline:
             object.__setattr__(self, "_pipeline", self.files.load_rest(self.network, self.scheduler))
             for part in ENCODERS:

@@ -13,11 +13,10 @@ import torch
 import torch.nn.functional as F
 from segment_anything.modeling.image_encoder import Attention, get_rel_pos
 from torch import Tensor, nn
-from torch.utils.checkpoint import checkpoint
 
-from vision_peft.engine.attention import LONGEST
+from vision_peft.engine.dot_product import by_products, in_pieces
 
-PIECE = 512  # queries
+LONGEST = 1024  # tokens, of images whose weights are held
 
 class FoldedAttention(Attention):
     """An instance of segment-anything's attention becomes one by its `__class__`; same parameters, same function."""
@@ -55,17 +54,8 @@ def _attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     """softmax(q k^T) v, scaled already. Long sequences go a way that never holds all scores: torch's kernel, or pieces."""
     on_cpu, length = q.device.type == "cpu", q.shape[-2]
     if on_cpu and length <= LONGEST:
-        return _products(q, k, v)
-    return _in_pieces(q, k, v) if on_cpu and q.dtype == torch.bfloat16 else _by_kernel(q, k, v)
-
-
-def _products(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-    return (q @ k.mT).softmax(-1) @ v
-
-
-def _in_pieces(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-    """Queries PIECE at a time, whose scores are computed anew in the backward pass: on CPUs in bfloat16 half the kernel's time."""
-    return torch.cat([checkpoint(_products, piece, k, v, use_reentrant=False) for piece in q.split(PIECE, -2)], -2)
+        return by_products(q, k, v)
+    return in_pieces(q, k, v) if on_cpu and q.dtype == torch.bfloat16 else _by_kernel(q, k, v)
 
 
 def _by_kernel(q: Tensor, k: Tensor, v: Tensor) -> Tensor:

@@ -14,7 +14,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-LONGEST = 1024  # tokens, of sequences whose weights are held
+from vision_peft.engine.dot_product import dot_product
+
 Linear = Callable[[Tensor, str, str], Tensor]  # x and the names of weight and bias in the module -> the map's output
 
 
@@ -78,24 +79,6 @@ def attend(module: nn.MultiheadAttention, query: Tensor, attn_mask: Tensor | Non
             attn_mask = attn_mask.view(batch, module.num_heads, length, length)
     attended = dot_product(q, k, v, attn_mask, module.dropout if module.training else 0.0)
     return attended.transpose(1, 2).reshape(batch, length, width)
-
-
-def dot_product(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None, dropout: float = 0.0) -> Tensor:
-    """scaled_dot_product_attention of (batch, heads, length, depth), by matrix products where torch's kernel is the slower one.
-
-    On CPUs in bfloat16 that kernel takes 5 times as long, forward and backward (77 tokens: 179 ms against 37; 197: 107 against 34). The
-    matrix of weights is held for the backward pass, so long sequences stay with the kernel.
-
-    Args:
-        mask: added to the scores, or boolean with True for what may be seen.
-    """
-    short = q.shape[-2] * k.shape[-2] <= LONGEST**2
-    if q.device.type != "cpu" or q.dtype != torch.bfloat16 or dropout or not short:
-        return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, dropout_p=dropout)
-    scores = (q * q.shape[-1] ** -0.5) @ k.mT
-    if mask is not None:
-        scores = scores.masked_fill(~mask, -torch.inf) if mask.dtype == torch.bool else scores + mask
-    return scores.softmax(-1) @ v
 
 
 def _bias(module: nn.Module, name: str) -> Tensor | None:
