@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import statistics
 import subprocess
 import sys
@@ -9,6 +10,7 @@ import time
 from collections.abc import Callable, Mapping
 from pathlib import Path
 
+from vision_peft.allocator import return_freed_memory
 from vision_peft.engine.targets import expand
 
 # every Linear of every block of a timm vision transformer
@@ -43,6 +45,8 @@ def in_fresh_process(script: str, *words: str) -> float:
 
 def peak_of(step: Callable[[], None]) -> float:
     """MiB that two steps reach over what is resident now (Linux)."""
+    gc.collect()
+    return_freed_memory()  # left from building the networks, it would serve the step unseen
     Path("/proc/self/clear_refs").write_text("5")  # the peak starts anew at the present size
     loaded = _peak_kib()
     for _ in range(2):

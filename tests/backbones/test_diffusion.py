@@ -242,6 +242,47 @@ def test_a_denoiser_alone_and_names_that_are_not_there(folders, tmp_path):
         Diffusion(str(folders["unconditional"]), scheduler="DDIMSchedular")
 
 
+@pytest.fixture
+def hub(tmp_path, monkeypatch):
+    """A hub's cache that holds whatever folder is put into it, and no network."""
+    constants = pytest.importorskip("huggingface_hub.constants")
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
+    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path))
+
+    def put(folder, name: str):
+        place, revision = tmp_path / f"models--{name.replace('/', '--')}", "0" * 40
+        (place / "refs").mkdir(parents=True)
+        (place / "refs" / "main").write_text(revision)
+        return shutil.copytree(folder, place / "snapshots" / revision)
+
+    return put
+
+
+@pytest.mark.parametrize("kind", MAKERS)
+def test_a_hub_name_is_a_folder_of_the_hubs_cache(folders, kind, hub):
+    hub(folders[kind], "owner/model")
+    backbone, local = loaded("owner/model"), loaded(folders[kind])
+    example = local.example()
+    torch.testing.assert_close(backbone(*backbone.example()), local(*example), atol=0, rtol=0)
+    assert backbone.pipeline is not None
+    with pytest.raises(UserError, match="other/model: no such folder here, and the hub does not give it"):
+        Diffusion("other/model")
+
+
+def test_a_denoiser_may_lie_beside_the_index(folders, hub):
+    """The layout of the first unconditional models on the hub: no unet/, no scheduler/."""
+    folder = hub(folders["unconditional"], "owner/flat")
+    for part in ("unet", "scheduler"):
+        for path in (folder / part).iterdir():
+            path.rename(folder / path.name)
+        (folder / part).rmdir()
+    flat, local = loaded("owner/flat"), loaded(folders["unconditional"])
+    example = local.example()
+    torch.testing.assert_close(flat(*example), local(*example), atol=0, rtol=0)
+    assert flat.scheduler.config == local.scheduler.config
+    assert flat.pipeline.unet is flat.network
+
+
 def _config(folder, **changes) -> None:
     path = folder / "unet" / "config.json"
     path.write_text(json.dumps({**json.loads(path.read_text()), **changes}))

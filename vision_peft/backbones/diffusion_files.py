@@ -18,9 +18,10 @@ from torch import Tensor, nn
 
 from vision_peft.errors import UserError, nearest
 
-INDEX, CONFIG = "model_index.json", "config.json"
+INDEX, CONFIG, SCHEDULER = "model_index.json", "config.json", "scheduler_config.json"
 DENOISERS = ("unet", "transformer")
 SINGLE = (".safetensors", ".ckpt", ".bin", ".pt")
+UNREAD = ["*.fp16*", "*.non_ema*", "safety_checker/*", "image_encoder/*"]  # of hub models: gigabytes that load() has no use for
 
 
 @dataclass(frozen=True)
@@ -30,7 +31,7 @@ class ModelFiles:
     Attributes:
         name: what the user gave.
         folder: with JSON files; of a hub model the local snapshot.
-        part: sub-folder of the denoiser: unet, transformer, or "" where the folder is one.
+        part: the pipeline's name of its denoiser: unet or transformer; "" where the folder is a denoiser alone.
         single: one file with all weights, whose JSON files come from elsewhere.
     """
 
@@ -43,10 +44,16 @@ class ModelFiles:
     def is_pipeline(self) -> bool:
         return bool(self.part)
 
+    @property
+    def subfolder(self) -> str:
+        """Of the denoiser: its part's, or "" where it lies beside the pipeline's index, as in older unconditional models."""
+        return self.part if (self.folder / self.part / CONFIG).is_file() else ""
+
     def outline(self) -> nn.Module:
         """The denoiser on the meta device."""
-        config = _read(self.folder / self.part / CONFIG)
-        kind = _class(config.get("_class_name"), ModelMixin, self.folder / self.part / CONFIG)
+        path = self.folder / self.subfolder / CONFIG
+        config = _read(path)
+        kind = _class(config.get("_class_name"), ModelMixin, path)
         with torch.device("meta"):
             return kind.from_config({key: value for key, value in config.items() if not key.startswith("_")})
 
@@ -56,8 +63,8 @@ class ModelFiles:
         Raises:
             UserError: no scheduler of that name in diffusers, or none is told where the folder is a denoiser alone.
         """
-        own = self.folder / "scheduler" / "scheduler_config.json"
-        if not own.is_file():
+        own = next((path for path in (self.folder / "scheduler" / SCHEDULER, self.folder / SCHEDULER) if path.is_file()), None)
+        if own is None:
             if name is None:
                 raise UserError(f"backbone {self.name}: holds no scheduler/; name one, e.g. scheduler: DDIMScheduler")
             return _scheduler_class(name)()
@@ -79,11 +86,11 @@ class ModelFiles:
         """
         kind = type(outline)
         if self.single is None:
-            options = {"subfolder": self.part} if self.part else {}
+            options = {"subfolder": self.subfolder} if self.subfolder else {}
             return _told(self.name, lambda: kind.from_pretrained(self.folder, dtype=torch.float32, **options))
         tensors = _told(self.name, lambda: _tensors(self.single))
         if tensors.keys() != outline.state_dict().keys():
-            options = {"config": str(self.folder), "subfolder": self.part, "dtype": torch.float32}
+            options = {"config": str(self.folder), "subfolder": self.subfolder, "dtype": torch.float32}
             return _told(self.name, lambda: kind.from_single_file(tensors, **options))
         network = kind.from_config(outline.config)
         _told(self.name, lambda: network.load_state_dict(tensors))
@@ -123,7 +130,7 @@ def find_model(name: str, config: str | None = None, weights: bool = True) -> Mo
     if (folder / INDEX).is_file():
         index = _read(folder / INDEX)
         for part in DENOISERS:
-            if part in index and (folder / part / CONFIG).is_file():
+            if part in index and ((folder / part / CONFIG).is_file() or (folder / CONFIG).is_file()):
                 return ModelFiles(name, folder, part)
         raise UserError(f"backbone {name}: a pipeline without unet/ and transformer/")
     if (folder / CONFIG).is_file():
@@ -137,9 +144,9 @@ def _snapshot(name: str, weights: bool) -> Path:
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
 
-    patterns = ["*.json", "*.txt", "*.model"] + (["*/*.safetensors"] if weights else [])
+    patterns = ["*.json", "*.txt", "*.model"] + (["*/*.safetensors", "diffusion_pytorch_model*.safetensors"] if weights else [])
     try:
-        return Path(snapshot_download(name, allow_patterns=patterns))
+        return Path(snapshot_download(name, allow_patterns=patterns, ignore_patterns=UNREAD))
     except (HfHubHTTPError, LocalEntryNotFoundError, OSError) as error:
         raise UserError(f"backbone {name}: no such folder here, and the hub does not give it ({type(error).__name__})") from error
 
