@@ -260,3 +260,17 @@ def test_attention_in_bfloat16_is_no_less_exact_than_timms():
         with torch.autocast("cpu", torch.bfloat16):
             errors = [(network(images).float() - exact).norm() for network in (ours, theirs)]
     assert errors[0] < 1.5 * errors[1]
+
+
+@pytest.mark.parametrize("name, size", [("vit_tiny_patch16_224", 32), ("resnet18", 64), ("swin_tiny_patch4_window7_224", 224)])
+def test_pool_none_keeps_every_place(name, size):
+    """What a mean would pool, place after place; without class token, and through a cut as well."""
+    backbone = Vit(name, image_size=size, pretrained=False, pool="none")
+    backbone.load()
+    x = torch.randn(2, 3, size, size)
+    with torch.no_grad():
+        features, hidden = backbone.eval()(x), backbone.network.forward_features(x)
+        expected = hidden[:, 1:] if name.startswith("vit") else hidden
+        torch.testing.assert_close(features, expected.flatten(1))
+        torch.testing.assert_close(backbone.suffix(backbone.prefix(x, 1), 1), features)
+    assert features.shape == (2, backbone.num_features)

@@ -31,6 +31,17 @@ def test_a_direction_without_variance_counts_most():
     assert steps.norm(dim=1).argsort().tolist() == [0, 1, 2, 3, 4, 5]
 
 
+@pytest.mark.parametrize("count", [4, 200])
+def test_the_map_is_the_root_of_the_covariance(count):
+    vectors, shrinkage = VECTORS[:count, :5], 0.3
+    centred = vectors - vectors.mean(0)
+    values, rows = torch.linalg.eigh(centred.mT @ centred / count)
+    mean = values.sum() / min(5, count - 1)
+    expected = centred @ (rows @ ((values.clamp(min=0) / mean + shrinkage) ** -0.5 * rows).mT)
+    expected = expected / expected.square().sum(1).mean().sqrt()
+    torch.testing.assert_close(Whitening.of(vectors, shrinkage)(vectors), expected)
+
+
 @pytest.mark.parametrize("vectors, shrinkage", [(torch.ones(5, 3), 1.0), (torch.randn(1, 3), 1.0), (torch.randn(5, 3), 0.0)])
 def test_what_cannot_be_whitened(vectors, shrinkage):
     with pytest.raises(ValueError, match="whitening needs"):

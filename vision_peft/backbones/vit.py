@@ -46,7 +46,8 @@ class Vit(Backbone):
         depth: number of blocks kept, counted from the input; only for plain stacks of attention blocks.
         weights: local file for a timm name, .safetensors, .pt or .pth (read with weights_only).
         pretrained: False leaves random weights; True without `weights` takes timm's own download for a timm name.
-        pool: `avg` mean of the patch tokens, `token` class token, `default` the model's own way.
+        pool: `avg` mean of the patch tokens, `token` class token, `none` all patch tokens (or the whole map) one after another, for
+            images in which the same place means the same; `default` the model's own way.
         dynamic: a vision transformer resamples its position table at every call, so that images of any multiple of its patches pass.
 
     Raises:
@@ -61,7 +62,7 @@ class Vit(Backbone):
         depth: int | None = None,
         weights: str | None = None,
         pretrained: bool = True,
-        pool: Literal["default", "avg", "token"] = "default",
+        pool: Literal["default", "avg", "token", "none"] = "default",
         dynamic: bool = False,
     ) -> None:
         super().__init__()
@@ -198,7 +199,11 @@ class Vit(Backbone):
                 if hasattr(norm, "reset_parameters"):  # an Identity has none
                     norm.reset_parameters()
             pool = "avg" if pool == "default" else pool
-        if pool != "default":
+        if pool == "none":
+            network.reset_classifier(0, "")
+            owner, _, classifier = network.default_cfg["classifier"].rpartition(".")
+            setattr(network.get_submodule(owner), classifier, Places(getattr(network, "num_prefix_tokens", 0)))
+        elif pool != "default":
             network.reset_classifier(0, pool)
         choose_attention(network)
         return network.requires_grad_(False)
@@ -224,6 +229,17 @@ class Vit(Backbone):
         if recipe.mean_std is not None:
             mean = std = (recipe.mean_std,) * 3
         return Preprocess(self.image_size, tuple(mean), tuple(std), config["interpolation"], config["crop_pct"])
+
+
+class Places(nn.Module):
+    """(B, prefix + N, C) or (B, C, h, w) -> (B, N C), in the place of a classifier."""
+
+    def __init__(self, prefix: int) -> None:
+        super().__init__()
+        self.prefix = prefix
+
+    def forward(self, x: Tensor) -> Tensor:
+        return (x[:, self.prefix :] if x.ndim == 3 else x).flatten(1)
 
 
 def _check_arguments(name: str, image_size: int | None, weights: str | None, pretrained: bool) -> None:
