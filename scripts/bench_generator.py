@@ -4,8 +4,8 @@
 
 `faces` is the shape that train_offline_ddpm.py trains, at 64 pixels, with LoRA on attention and the convolutions of its ResNets; `text` a
 small Stable Diffusion-like UNet2DConditionModel on latents of 32 x 32, with LoRA on every attention projection; `sd15` Stable Diffusion
-1.5's own shape there (256 pixels; 860 M parameters: 4 GB a variant, `--batch 2`). `floor` is our frozen network with a gradient to its first
-convolution's bias; PEFT's is diffusers' as it comes. Random weights: the time does not depend on them.
+1.5's own shape there (256 pixels; 860 M parameters, 4 GB a variant: `--batch 2`). `floor` is our frozen network with a gradient to its
+first convolution's bias; PEFT's is diffusers' as it comes. Random weights: the time does not depend on them.
 """
 
 from __future__ import annotations

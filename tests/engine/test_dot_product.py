@@ -12,7 +12,8 @@ from vision_peft.engine.dot_product import by_products, dot_product, in_pieces
 
 def heads(queries: int, keys: int, dtype: torch.dtype = torch.float32) -> list[torch.Tensor]:
     torch.manual_seed(0)
-    return [torch.randn(2, length, 3 * 8).to(dtype).view(2, length, 3, 8).transpose(1, 2).requires_grad_() for length in (queries, keys, keys)]
+    drawn = [torch.randn(2, length, 3, 8).to(dtype) for length in (queries, keys, keys)]
+    return [each.transpose(1, 2).requires_grad_() for each in drawn]
 
 
 def outcome(function, tensors) -> list[torch.Tensor]:

@@ -27,9 +27,8 @@ class ChosenAttnProcessor(AttnProcessor2_0):
         if attn.group_norm is not None:
             x = attn.group_norm(x.mT).mT
         context = x if encoder_hidden_states is None else encoder_hidden_states
-        q, k, v = (
-            projected.unflatten(-1, (attn.heads, -1)).transpose(1, 2) for projected in (attn.to_q(x), attn.to_k(context), attn.to_v(context))
-        )
+        projected = attn.to_q(x), attn.to_k(context), attn.to_v(context)
+        q, k, v = (each.unflatten(-1, (attn.heads, -1)).transpose(1, 2) for each in projected)
         if attention_mask is not None:
             attention_mask = attn.prepare_attention_mask(attention_mask, context.shape[1], len(x))  # (B * heads, 1 or N, M)
             attention_mask = attention_mask.unflatten(0, (len(x), attn.heads)).to(q.dtype)

@@ -40,7 +40,7 @@ def by_products(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None) -> 
 
 
 def in_pieces(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-    """The same, PIECE queries of one head at a time, whose weights are computed anew in the backward pass. v may have a depth of its own."""
+    """The same, PIECE queries of one head at a time, whose weights are computed anew in the backward pass; v may be of another depth."""
     heads = [each.reshape(-1, *each.shape[-2:]) for each in (q, k, v)]
     return _Pieces.apply(*heads).view(*q.shape[:-1], v.shape[-1])
 

@@ -1,8 +1,8 @@
 """A linear map after which vectors of one kind vary alike in every direction, so that what they do not vary in counts as much.
 
-    T(f) = c (S / s + shrinkage I)^(-1/2) (f - mu)      S the covariance (d, d) of n vectors, s the mean of its first min(d, n - 1) eigenvalues
+    T(f) = c (S / s + shrinkage I)^(-1/2) (f - mu)
 
-c makes the mean squared length of the vectors 1. A small shrinkage whitens fully; with a large one the map only centres. S itself, which
+S is the covariance (d, d) of n vectors, s the mean of its first min(d, n - 1) eigenvalues; c makes the mean squared length of the vectors 1. A small shrinkage whitens fully; with a large one the map only centres. S itself, which
 may be of tens of thousands of rows, is not built: outside the span of the vectors the map is a factor.
 """
 
