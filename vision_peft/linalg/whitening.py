@@ -2,8 +2,9 @@
 
     T(f) = c (S / s + shrinkage I)^(-1/2) (f - mu)
 
-S is the covariance (d, d) of n vectors, s the mean of its first min(d, n - 1) eigenvalues; c makes the mean squared length of the vectors 1. A small shrinkage whitens fully; with a large one the map only centres. S itself, which
-may be of tens of thousands of rows, is not built: outside the span of the vectors the map is a factor.
+S is the covariance (d, d) of n vectors, s the mean of its first min(d, n - 1) eigenvalues; c makes the mean squared length 1. A small
+shrinkage whitens fully; with a large one the map only centres. S itself, which may be of tens of thousands of rows, is not built: outside
+the span of the vectors the map is a factor.
 """
 
 from __future__ import annotations
