@@ -56,6 +56,13 @@ def test_nor_do_they_reach_a_class_that_a_word_names(config, monkeypatch, word):
     assert found.adapter.method.init_args.rank == yaml.safe_load(Path(config).read_text())["adapter"]["method"]["init_args"]["rank"]
 
 
+@pytest.mark.parametrize("words", [["--model.backbone.weights", "null"], ["--model.backbone.weights=null"]])
+def test_null_is_null_in_a_class_in_a_class(config, monkeypatch, words):
+    monkeypatch.setattr(RunCLI, "instantiate_classes", lambda self: None)
+    found = make_cli("fit", ["--config", config, *words, "--run", "x"], run=False).config["fit"]
+    assert found.model.init_args.backbone.init_args.weights is None and found.run == "x"
+
+
 def test_words_reach_through_the_class_above(config, monkeypatch):
     """As `--model.optimizer`, which stands in a file under model.init_args."""
     monkeypatch.setattr(RunCLI, "instantiate_classes", lambda self: None)

@@ -1,7 +1,8 @@
 """Several YAML files as one: later ones first in rank; a class that a later file or a word names starts from its own defaults.
 
 jsonargparse would hand settings of the earlier class to the later one wherever a name agrees: a LoRA's rank of 8 in the task's file
-would silently become the rank of another method, whose author meant something else by it.
+would silently become the rank of another method, whose author meant something else by it. And of `--model.backbone.weights null`, a
+setting of a class in a class, it would make the text 'None'.
 """
 
 from __future__ import annotations
@@ -13,7 +14,7 @@ import yaml
 
 
 def merge_configs(argv: list[str]) -> list[str]:
-    """`argv` with its `--config FILE` options, where there are several or a word names another class, replaced by one with their content.
+    """`argv` with its `--config FILE` options replaced by one with their content, where there are several or words change it (see above).
 
     Files that are no readable YAML mapping are left for the parser to complain about.
     """
@@ -35,8 +36,10 @@ def merge_configs(argv: list[str]) -> list[str]:
             return argv
         tree = overlaid(tree, read)
     renamed = [_leave_to(word, value, tree) for word, value in _options(rest)]
-    if len(files) < 2 and not any(renamed):
+    nulls = {word for word, value in _options(rest) if value == "null" and _put_null(word, tree)}
+    if len(files) < 2 and not any(renamed) and not nulls:
         return argv
+    rest = _without(rest, nulls)
     return ["--config", yaml.safe_dump(tree, sort_keys=False), *rest]
 
 
@@ -66,6 +69,33 @@ def _leave_to(key: str, value: str, tree: dict[str, Any]) -> bool:
         return False
     del holder[part]
     return True
+
+
+def _put_null(key: str, tree: dict[str, Any]) -> bool:
+    """Set a setting of a class in the files to null; whether there is such a class."""
+    known: Any = tree
+    *above, last = key.split(".")
+    for part in above:
+        holder = _holder(known, part)
+        if holder is None:
+            return False
+        known = holder[part]
+    if not isinstance(known, dict) or "class_path" not in known:
+        return False
+    known["init_args"] = {**(known.get("init_args") or {}), last: None}
+    return True
+
+
+def _without(words: list[str], keys: set[str]) -> list[str]:
+    """Words less --key=value and --key value of these keys."""
+    kept, given = [], iter(words)
+    for word in given:
+        key, equals, _ = word.partition("=")
+        if not (key.startswith("--") and key[2:] in keys):
+            kept.append(word)
+        elif not equals:
+            next(given)
+    return kept
 
 
 def _holder(tree: Any, key: str) -> dict[str, Any] | None:

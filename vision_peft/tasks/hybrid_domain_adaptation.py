@@ -45,7 +45,8 @@ class HybridDomainAdaptation(GeneratorTask):
     pictures from seeds of their own and measure them against held-out ones with the judge (see generation.evaluation).
 
     Args:
-        encoders: whose embeddings the loss is of; losses add up.
+        encoders: whose embeddings the loss is of; losses add up. Of pictures that are aligned, such as faces, those of every place side by
+            side (a Vit with `pool: none`) tell a small part such as a mouth much better than their mean.
         judge: encoder of the measures; null: the first of `encoders`, which was trained on and flatters.
         distance, direction: weights of the two terms.
         subspace: hull of the references: `affine`, or the `linear` span, which holds the origin.
