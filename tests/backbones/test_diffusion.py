@@ -16,10 +16,12 @@ from diffusers import (
     SD3Transformer2DModel,
     StableDiffusionPipeline,
 )
+from diffusers.models.attention_processor import Attention, AttnProcessor2_0
 from generators import classes, stable_diffusion, unconditional
 from safetensors.torch import save_file
 
 from vision_peft.backbones import Diffusion
+from vision_peft.backbones.diffusion_attention import ChosenAttnProcessor, choose_attention
 from vision_peft.backbones.diffusion_sites import name_denoiser_sites
 from vision_peft.engine.fingerprint import fingerprint
 from vision_peft.errors import UserError
@@ -240,6 +242,40 @@ def test_a_denoiser_alone_and_names_that_are_not_there(folders, tmp_path):
         Diffusion(str(tmp_path / "nothing.safetensors"))
     with pytest.raises(UserError, match="unknown scheduler 'DDIMSchedular'; did you mean DDIMScheduler"):
         Diffusion(str(folders["unconditional"]), scheduler="DDIMSchedular")
+
+
+@pytest.mark.parametrize("kind", MAKERS)
+@pytest.mark.parametrize("precision", [torch.float32, torch.bfloat16])
+def test_attention_computes_what_diffusers_does(folders, kind, precision):
+    backbone = loaded(folders[kind])
+    x, t, condition = backbone.example()
+    layers = [module for module in backbone.network.modules() if isinstance(module, Attention)]
+    assert layers and all(type(layer.processor) is ChosenAttnProcessor for layer in layers)
+
+    def outcome() -> list[torch.Tensor]:
+        given = x.clone().requires_grad_()
+        with torch.autocast("cpu", torch.bfloat16, enabled=precision == torch.bfloat16):
+            output = backbone(given, t, condition)
+        return [output, *torch.autograd.grad(output.float().square().sum(), given)]
+
+    ours = outcome()
+    for layer in layers:
+        layer.set_processor(AttnProcessor2_0())
+    for found, expected in zip(ours, outcome()):
+        tolerance = 1e-5 if precision == torch.float32 else 5e-2  # both round at every layer
+        assert (found - expected).norm() <= tolerance * expected.norm()
+
+
+def test_masked_attention_computes_what_diffusers_does():
+    """Of prompts of several lengths, as PixArt's."""
+    torch.manual_seed(0)
+    layer = Attention(query_dim=16, cross_attention_dim=12, heads=2, dim_head=8)
+    x, context = torch.randn(3, 5, 16), torch.randn(3, 7, 12)
+    mask = torch.where(torch.arange(7) < torch.tensor([[7], [4], [1]]), 0.0, -10000.0)[:, None]
+    expected = layer(x, encoder_hidden_states=context, attention_mask=mask)
+    choose_attention(layer)
+    assert type(layer.processor) is ChosenAttnProcessor
+    torch.testing.assert_close(layer(x, encoder_hidden_states=context, attention_mask=mask), expected)
 
 
 @pytest.fixture
