@@ -5,7 +5,8 @@
 `faces` is the shape that train_offline_ddpm.py trains, at 64 pixels, with LoRA on attention and the convolutions of its ResNets; `text` a
 small Stable Diffusion-like UNet2DConditionModel on latents of 32 x 32, with LoRA on every attention projection; `sd15` Stable Diffusion
 1.5's own shape there (256 pixels; 860 M parameters, 4 GB a variant: `--batch 2`). `floor` is our frozen network with a gradient to its
-first convolution's bias; PEFT's is diffusers' as it comes. Random weights: the time does not depend on them.
+first convolution's bias; PEFT's is diffusers' as it comes. `sd15conv` adapts the ResNets' convolutions, too. Random weights: the time does
+not depend on them.
 """
 
 from __future__ import annotations
@@ -39,9 +40,9 @@ TEXT = {
     "up_block_types": ("UpBlock2D", "CrossAttnUpBlock2D", "CrossAttnUpBlock2D"),
 }
 SD15 = {"sample_size": 32, "cross_attention_dim": 768}  # else diffusers' defaults
-SHAPES = {"faces": {**SHAPE, **PIXELS}, "text": TEXT, "sd15": SD15}
-OURS = {"faces": ["attn", "unet.*.conv{1,2}"], "text": ["attn"], "sd15": ["attn"]}
-THEIRS = {"faces": r".*(to_[qkv]|to_out\.0|resnets\.\d+\.conv[12])", "text": r".*(to_[qkv]|to_out\.0)", "sd15": r".*(to_[qkv]|to_out\.0)"}
+SHAPES = {"faces": {**SHAPE, **PIXELS}, "text": TEXT, "sd15": SD15, "sd15conv": SD15}
+ATTENTION, BOTH = (["attn"], r".*(to_[qkv]|to_out\.0)"), (["attn", "unet.*.conv{1,2}"], r".*(to_[qkv]|to_out\.0|resnets\.\d+\.conv[12])")
+TARGETS = {"faces": BOTH, "text": ATTENTION, "sd15": ATTENTION, "sd15conv": BOTH}  # ours and PEFT's
 
 
 def stepper(variant: str, shape: str, batch: int, precision: str) -> Callable[[], None]:
@@ -57,11 +58,12 @@ def stepper(variant: str, shape: str, batch: int, precision: str) -> Callable[[]
     if variant == "peft":
         from peft import LoraConfig, inject_adapter_in_model
 
-        network = inject_adapter_in_model(LoraConfig(r=RANK, lora_alpha=RANK, target_modules=THEIRS[shape]), network.requires_grad_(False))
+        config = LoraConfig(r=RANK, lora_alpha=RANK, target_modules=TARGETS[shape][1])
+        network = inject_adapter_in_model(config, network.requires_grad_(False))
         trained = [parameter for name, parameter in network.named_parameters() if "lora_" in name]
         backbone.network = network
     elif variant == "lora":
-        trained = list(attach(backbone.network, LoRA(rank=RANK, alpha=float(RANK)), OURS[shape], sites=backbone.sites()).parameters())
+        trained = list(attach(backbone.network, LoRA(rank=RANK, alpha=float(RANK)), TARGETS[shape][0], sites=backbone.sites()).parameters())
     else:
         trained = [backbone.network.conv_in.bias.requires_grad_(True)]
     optimizer, x = torch.optim.AdamW(trained, lr=1e-4), torch.randn(batch, backbone.channels, *backbone.sample_size)
@@ -83,7 +85,7 @@ def main() -> None:
     parser.add_argument("--batch", type=int, default=8)
     parser.add_argument("--rounds", type=int, default=7)
     parser.add_argument("--threads", type=int, default=1)
-    parser.add_argument("--shapes", nargs="+", default=["faces", "text"], choices=list(OURS))
+    parser.add_argument("--shapes", nargs="+", default=["faces", "text"], choices=list(SHAPES))
     parser.add_argument("--precision", nargs="+", default=["float32", "bf16"], choices=["float32", "bf16"])
     parser.add_argument("--memory", nargs=3, metavar=("VARIANT", "SHAPE", "PRECISION"), help=argparse.SUPPRESS)
     args = parser.parse_args()

@@ -23,7 +23,7 @@ def factored_linear(x: Tensor, W: Tensor, b: Tensor | None, blocks: Blocks, trai
     """
     form = stack_rows(blocks, W.shape[0])
     if W.dtype == torch.float32 and not (training and any(block.dropout > 0 for _, block in blocks)):
-        return _Merged.apply(x.to(_compute_dtype(x)), W, b, form.B, form.A, form.scale, _spans(blocks))[0]
+        return _Merged.apply(x.to(compute_dtype(x)), W, b, form.B, form.A, form.scale, _spans(blocks))[0]
     # every block drops by itself: the masks of q, k and v are independent
     low = [F.linear(dropout(x, block.dropout, training), block.A.to(x.dtype)) for _, block in sorted(blocks, key=_first_row)]
     return _side(x, W, b, form, torch.cat(low, dim=-1))
@@ -64,14 +64,15 @@ def _first_row(block: tuple[tuple[int, int], Factored]) -> int:
     return block[0][0]
 
 
-def _compute_dtype(x: Tensor) -> torch.dtype:
+def compute_dtype(x: Tensor) -> torch.dtype:
+    """The type of products of x: autocast's where it is on."""
     device = x.device.type
     return torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else x.dtype
 
 
 def _side(x: Tensor, W: Tensor, b: Tensor | None, form: Factored, low: Tensor) -> Tensor:
     """`low` (..., r) is A x, whichever entries of x were dropped."""
-    compute = _compute_dtype(x)
+    compute = compute_dtype(x)
     z = _Side.apply(x.to(compute), low.to(compute), W, form.B, b if form.scale is None else None)
     if form.scale is None:
         return z
@@ -79,7 +80,8 @@ def _side(x: Tensor, W: Tensor, b: Tensor | None, form: Factored, low: Tensor) -
     return (y if b is None else y + b).to(compute)
 
 
-def _merge(W: Tensor, B: Tensor, A: Tensor, scale: Tensor | None, dtype: torch.dtype) -> Tensor:
+def merged_weight(W: Tensor, B: Tensor, A: Tensor, scale: Tensor | None, dtype: torch.dtype) -> Tensor:
+    """scale (W + B A) (out, in), built in float32 and rounded once to `dtype`."""
     with torch.autocast(W.device.type, enabled=False):
         merged = torch.addmm(W, B.to(W.dtype), A.to(W.dtype))
         if scale is not None:
@@ -136,9 +138,9 @@ class _Merged(torch.autograd.Function):
     ) -> tuple[Tensor, Tensor | None]:
         with torch.autocast(x.device.type, enabled=False):
             if scale is None or not scale.requires_grad:
-                return F.linear(x, _merge(W, B, A, scale, x.dtype), None if b is None else b.to(x.dtype)), None
-            divisor = _divisor(scale)
-            z = F.linear(x, _merge(W, B, A, divisor, x.dtype))
+                return F.linear(x, merged_weight(W, B, A, scale, x.dtype), None if b is None else b.to(x.dtype)), None
+            divisor = divisor_of(scale)
+            z = F.linear(x, merged_weight(W, B, A, divisor, x.dtype))
             factor = (scale / divisor).to(x.dtype)
             return (z * factor if b is None else torch.addcmul(b.to(x.dtype), z, factor)), z
 
@@ -161,7 +163,7 @@ class _Merged(torch.autograd.Function):
         gx = gb = gB = gA = gscale = None
         with torch.autocast(x.device.type, enabled=False):
             if needs_x:
-                gx = (g @ _merge(W, B, A, scale, dtype)).view(x.shape)
+                gx = (g @ merged_weight(W, B, A, scale, dtype)).view(x.shape)
             # the thin products keep r as their first dimension: (r, N) times (N, d) runs up to eight times faster than (d, N) times (N, r)
             if needs_B:
                 low = A.to(dtype) @ rows.mT  # (r, N)
@@ -180,12 +182,12 @@ class _Merged(torch.autograd.Function):
                 else:
                     gA = products.to(A.dtype)
             if needs_scale:
-                gscale = (g * z.reshape(g.shape)).sum(0, dtype=torch.float32).to(scale.dtype) / _divisor(scale)
+                gscale = (g * z.reshape(g.shape)).sum(0, dtype=torch.float32).to(scale.dtype) / divisor_of(scale)
             if needs_b:
                 gb = g.sum(0).to(ctx.bias_dtype)
         return gx, None, gb, gB, gA, gscale, None
 
 
-def _divisor(scale: Tensor) -> Tensor:
+def divisor_of(scale: Tensor) -> Tensor:
     """The scale itself, merged into the weight before rounding and divided out for its gradient; 1 where it is too small for that."""
     return torch.where(scale.abs() > 1e-6, scale, torch.ones_like(scale))

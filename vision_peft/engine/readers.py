@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from vision_peft.engine.attention import BatchedAttention, attend, attention, is_plain, is_self_attention
 from vision_peft.engine.factored import factored_linear
+from vision_peft.engine.factored_conv import Geometry, factored_conv, is_worthwhile
 from vision_peft.engine.views import State, View
 from vision_peft.errors import UserError
 
@@ -103,6 +104,19 @@ class LinearReader(Reader):
         return self.linear(input, "weight", "bias")
 
 
+class ConvReader(Reader):
+    """nn.Conv2d whose kernel's geometry is plain numbers: one convolution."""
+
+    def adapted(self, call: str, input: Tensor) -> Tensor:
+        W, b = _parameter(self.module, "weight"), _parameter(self.module, "bias")
+        blocks = self.views["weight"].factored(W) if "weight" in self.views and W.dtype == torch.float32 else None
+        if blocks is None or len(blocks) > 1 or not is_worthwhile(form := blocks[0][1]):
+            return super().adapted(call, input)
+        if b is not None and "bias" in self.views:
+            b = self.views["bias"].effective(b)
+        return factored_conv(input, W, b, form, Geometry.of(self.module))
+
+
 class AttentionReader(Reader):
     """nn.MultiheadAttention re-expressed over its own tensors, so that q, k, v and out take the cheap path.
 
@@ -171,6 +185,8 @@ def make_reader(module: nn.Module, state: State, calls: tuple[str, ...]) -> Read
     if calls == ("forward",) and "forward" not in module.__dict__:
         if own is nn.Linear.forward:
             return LinearReader(module, state, calls)
+        if own is nn.Conv2d.forward and Geometry.of(module) is not None:
+            return ConvReader(module, state, calls)
         if own in (nn.MultiheadAttention.forward, BatchedAttention.forward):
             return AttentionReader(module, state, calls)
     return FusedReader(module, state, calls) if own in _FUSED else Reader(module, state, calls)
