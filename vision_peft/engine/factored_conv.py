@@ -58,7 +58,7 @@ def factored_conv(x: Tensor, W: Tensor, b: Tensor | None, form: Factored, geomet
     x = x.to(compute_dtype(x))
     with torch.autocast(x.device.type, enabled=False):
         places = x[:, 0].numel() // math.prod(geometry.stride)
-        if places < MANY * len(W):
+        if places < MANY * len(W) or not len(form.A):  # no branch at all: only scaled
             return _side(x, W, b, form, geometry)
         trained = form.B.shape[1] if form.trained is None else form.trained
         if form.scale is None or not form.scale.requires_grad:
@@ -69,8 +69,9 @@ def factored_conv(x: Tensor, W: Tensor, b: Tensor | None, form: Factored, geomet
 
 def _side(x: Tensor, W: Tensor, b: Tensor | None, form: Factored, geometry: Geometry) -> Tensor:
     y = geometry.convolve(x, W.to(x.dtype), None if b is None or form.scale is not None else b.to(x.dtype))
-    low = geometry.convolve(x, form.A.view(-1, *W.shape[1:]).to(x.dtype))
-    y = torch.baddbmm(y.flatten(2), form.B.to(x.dtype).expand(len(x), -1, -1), low.flatten(2)).view_as(y)
+    if len(form.A):
+        low = geometry.convolve(x, form.A.view(-1, *W.shape[1:]).to(x.dtype))
+        y = torch.baddbmm(y.flatten(2), form.B.to(x.dtype).expand(len(x), -1, -1), low.flatten(2)).view_as(y)
     return y if form.scale is None else _scaled(y, form.scale, b)
 
 
@@ -105,7 +106,7 @@ class _MergedConv(torch.autograd.Function):
             if needs_x:
                 gx = geometry.gradients(g, x, _kernel(W, B, A, scale, x.dtype), [True, False, False])[0]
             rows = g.flatten(2)  # (batch, out, places)
-            thin = A[leading].view(-1, *W.shape[1:]).to(x.dtype)
+            thin = A[leading].view(ctx.trained, *W.shape[1:]).to(x.dtype)
             if needs_B:
                 low = geometry.convolve(x, thin).flatten(2)  # (batch, r, places)
                 gB = torch.zeros_like(B)
