@@ -78,8 +78,8 @@ def test_merged_only_leading_ranks_are_trained(monkeypatch):
         y = factored_conv(x, layer.weight.detach(), None, Factored(B, A, form.scale, trained=trained), Geometry.of(layer))
         gradients.append(torch.autograd.grad(y.square().sum(), (B, A)))
     whole, leading = gradients
-    torch.testing.assert_close(leading[0][:, :1], whole[0][:, :1])
-    torch.testing.assert_close(leading[1][:1], whole[1][:1])
+    torch.testing.assert_close(leading[0][:, :1], whole[0][:, :1], rtol=1e-4, atol=1e-3)
+    torch.testing.assert_close(leading[1][:1], whole[1][:1], rtol=1e-4, atol=1e-3)
     assert not leading[0][:, 1:].any() and not leading[1][1:].any()
 
 
