@@ -37,6 +37,11 @@ ROOT = Path(__file__).parents[1]
 HEAD, PAGE, ROWS = ROOT / "scripts" / "results_generators_head.md", ROOT / "docs" / "results_generators.md", ROOT / "docs" / "rows"
 IMAGES, COUNT, SHOWN, SEED = "gen_faces/split.csv", 64, 9, 2
 PAIRS = {"faces": ("smile", "sunglasses"), "styles": ("sketches_tight", "sunglasses")}
+DOMAINS = {"faces": "{smile: 1.0, sunglasses: 1.0}", "styles": "{sketches_tight: 1.0, sunglasses: 1.0}"}
+# a smile is at its place in aligned faces, a style is everywhere: means over places there
+MEANS = "[{class_path: vision_peft.backbones.Vit, init_args: {name: 'offline:dinov2_vits14', image_size: 98, pool: avg, depth: 12}}, " \
+    "{class_path: vision_peft.backbones.Vit, init_args: {name: 'offline:effnet_lite0', image_size: 96, pool: default}}]"
+ENCODERS = {"faces": [], "styles": ["--model.encoders", MEANS]}
 METHODS = {
     "lora": "{class_path: LoRA, init_args: {rank: 4, alpha: 4}}",
     "dora": "{class_path: DoRA, init_args: {rank: 4, alpha: 4}}",
@@ -59,12 +64,12 @@ def run_all(generator: Path, folder: Path) -> None:
     for method, chosen in METHODS.items():
         own = ["--adapter.method", chosen, "--model.optimizer.init_args.lr", str(RATES[method])]
         fit(folder / f"fit_{method}", "task/generator_faces.yaml", *name, "--data.domain", "sunglasses", *own)
-    singles = dict.fromkeys(domain for pair in PAIRS.values() for domain in pair)
-    for domain in singles:
-        fit(folder / domain, "task/hybrid_faces.yaml", *name, "--data.domains", f"[{domain}]", "--data.hybrid", "null")
-    fit(folder / "faces", "task/hybrid_faces.yaml", *name)
-    both = "{sketches_tight: 1.0, sunglasses: 1.0}"
-    fit(folder / "styles", "task/hybrid_faces.yaml", *name, "--data.domains", both, "--data.hybrid", "null")
+    for pair, domains in PAIRS.items():
+        hybrid = [] if pair == "faces" else ["--data.hybrid", "null"]  # of faces there are real pictures of it
+        fit(folder / pair, "task/hybrid_faces.yaml", *name, *ENCODERS[pair], "--data.domains", DOMAINS[pair], *hybrid)
+        for domain in domains:
+            alone = ["--data.domains", f"[{domain}]", "--data.hybrid", "null"]
+            fit(folder / f"{pair}_{domain}", "task/hybrid_faces.yaml", *name, *ENCODERS[pair], *alone)
 
 
 def real(domain: str, split: str, size: int) -> Tensor:
@@ -116,8 +121,9 @@ def measure(generator: Path, folder: Path) -> None:
     rows = []
     for pair, (first, second) in PAIRS.items():
         acts = acts_of(read_config(folder / pair / "adapter"), folder / pair)
-        mixes = {f"{first} alone": {first: 1.0}, f"{second} alone": {second: 1.0}, "half of each": {first: 0.5, second: 0.5}}
-        mixes |= {"sum of both": {first: 1.0, second: 1.0}, "hybrid": {pair: 1.0}}
+        one, other = f"{pair}_{first}", f"{pair}_{second}"
+        mixes = {f"{first} alone": {one: 1.0}, f"{second} alone": {other: 1.0}, "half of each": {one: 0.5, other: 0.5}}
+        mixes |= {"sum of both": {one: 1.0, other: 1.0}, "hybrid": {pair: 1.0}}
         shown = {"source": source} | {title: show(mix, acts) for title, mix in mixes.items()}
         shown["hybrid at all times"] = show({pair: 1.0})
         domains = {domain: Domain(real(domain, "shot", size), held_out(domain, size)) for domain in (first, second)}

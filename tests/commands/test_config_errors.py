@@ -42,7 +42,7 @@ WORDS = [
     ("--model.optimizer torch.optim.AdamWW", ["model.optimizer: 'torch.optim.AdamWW' is no Optimizer", "torch.optim.AdamW"]),
     ("--model.backbone vision_peft.backbones.Vi", ["model.backbone: 'vision_peft.backbones.Vi' is no Backbone", "backbones.Vit?"]),
     ("--model.backbone.name offline:dinov2", ["backbone 'offline:dinov2'", "did you mean offline:dinov2_vits14"]),
-    ("--model.backbone.pool max", ["model.backbone.pool: 'max'", "default, avg or token"]),
+    ("--model.backbone.pool max", ["model.backbone.pool: 'max'", "default, avg, token or none"]),
     ("--data.source Digit", ["data.source: 'Digit' is no Source", "did you mean Digits?"]),
     ("--data.source ImageFolder", ["data.source: ImageFolder needs root"]),
     ("--data.source ImageFolder --data.source.root /nowhere", ["data.source.root: /nowhere does not exist"]),
