@@ -1,4 +1,4 @@
-"""factored_conv against autograd of the plain formula in float64: merged, and beside the frozen convolution."""
+"""factored_conv against autograd of the plain formula in float64, by each of its ways."""
 
 from __future__ import annotations
 
@@ -23,9 +23,10 @@ LAYERS = {
 }
 
 
-@pytest.fixture(params=["merged", "side"])
+@pytest.fixture(params=["merged", "side", "dense"])
 def way(request, monkeypatch):
-    monkeypatch.setattr(module, "MANY", {"merged": 0, "side": 10**6}[request.param])
+    monkeypatch.setattr(module, "MANY", 0 if request.param == "merged" else 10**6)
+    monkeypatch.setattr(module, "WIDE", 10**6 if request.param == "dense" else WIDE)
 
 
 def outcome(function, x: Tensor, layer: nn.Conv2d, form: Factored, dtype: torch.dtype) -> list[Tensor]:

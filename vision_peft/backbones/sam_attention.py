@@ -14,9 +14,9 @@ import torch.nn.functional as F
 from segment_anything.modeling.image_encoder import Attention, get_rel_pos
 from torch import Tensor, nn
 
-from vision_peft.engine.dot_product import by_products, in_pieces
+from vision_peft.engine.dot_product import by_products, faster_way
 
-LONGEST = 1024  # tokens, of images whose weights are held
+LONGEST = 1024  # tokens, of images whose weights are held in float32
 
 class FoldedAttention(Attention):
     """An instance of segment-anything's attention becomes one by its `__class__`; same parameters, same function."""
@@ -52,10 +52,10 @@ def _places(H: int, W: int, like: Tensor) -> Tensor:
 
 def _attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     """softmax(q k^T) v, scaled already. Long sequences go a way that never holds all scores: torch's kernel, or pieces."""
-    on_cpu, length = q.device.type == "cpu", q.shape[-2]
-    if on_cpu and length <= LONGEST:
-        return by_products(q, k, v)
-    return in_pieces(q, k, v) if on_cpu and q.dtype == torch.bfloat16 else _by_kernel(q, k, v)
+    on_cpu = q.device.type == "cpu"
+    if on_cpu and q.dtype == torch.bfloat16:
+        return faster_way(q, k, v)
+    return by_products(q, k, v) if on_cpu and q.shape[-2] <= LONGEST else _by_kernel(q, k, v)
 
 
 def _by_kernel(q: Tensor, k: Tensor, v: Tensor) -> Tensor:

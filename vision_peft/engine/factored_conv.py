@@ -1,11 +1,12 @@
-"""y = scale * conv(x, W + B A) + b, with gradients of B and A that never form a dense weight gradient.
+"""y = scale * conv(x, W + B A) + b, B (out, r), A (r, in, h, w), by whichever of three ways takes least time.
 
-B is (out, r), A (r, in, h, w). One convolution with W + B A where it moves over many places: low = conv(x, A) has r channels, and of y's
-gradient g
+Merged, where the kernel moves over many places: one convolution with W + B A, without a dense weight gradient. low = conv(x, A) has r
+channels, and of y's gradient g
 
     gB = g low^T over pictures and places,      gA = the weight gradient of conv(x, A) for B^T g
 
-Over few places building W + B A, forward and backward, would take longer than the convolution: there y = conv(x, W) + B conv(x, A).
+Side, over few places, where building W + B A forward and backward would take longer than convolving: y = conv(x, W) + B conv(x, A).
+Dense, where r is not small against `out`: convolutions of r channels then take longer than the dense gradient.
 """
 
 from __future__ import annotations
@@ -19,8 +20,10 @@ from torch import Tensor, nn
 from vision_peft.engine.adapter import Factored
 from vision_peft.engine.factored import compute_dtype, divisor_of, merged_weight
 
-WIDE = 6  # times the rank
-MANY = 4  # places an output channel: half of the extra time of either way goes into what the other spares
+# on a CPU, r = 8: 24 channels of 64 x 64 5.3 ms by thin convolutions, 3.5 by the dense gradient; 48 as long; 320 of 32 x 32 2.8 and 21
+WIDE = 6  # channels, a rank
+# building a kernel twice takes 2 out (r + m) a column of it, the thin gradient of x r a place; m, of memory, is about r for r = 8
+MANY = 4  # places, an output channel
 
 
 class Geometry(NamedTuple):
@@ -45,18 +48,12 @@ class Geometry(NamedTuple):
         return torch.ops.aten.convolution_backward(g, x, W, None, *self, False, [0] * len(self.stride), 1, wanted)
 
 
-def is_worthwhile(form: Factored) -> bool:
-    """Whether thin convolutions take less time than a dense weight gradient.
-
-    On a CPU, r = 8: 24 channels of 64 x 64 5.3 ms against 3.5, 48 channels as long, 320 channels of 32 x 32 2.8 against 21.
-    """
-    return form.B.shape[1] * WIDE <= len(form.B)
-
-
 def factored_conv(x: Tensor, W: Tensor, b: Tensor | None, form: Factored, geometry: Geometry) -> Tensor:
     """The adapted convolution of x (batch, in, H, W), W (out, in, h, w) in float32; dropout of the form is not applied."""
     x = x.to(compute_dtype(x))
     with torch.autocast(x.device.type, enabled=False):
+        if form.B.shape[1] * WIDE > len(W):
+            return _dense(x, W, b, form, geometry)
         places = x[:, 0].numel() // math.prod(geometry.stride)
         if places < MANY * len(W) or not len(form.A):  # no branch at all: only scaled
             return _side(x, W, b, form, geometry)
@@ -65,6 +62,12 @@ def factored_conv(x: Tensor, W: Tensor, b: Tensor | None, form: Factored, geomet
             return _MergedConv.apply(x, W, b, form.B, form.A, form.scale, geometry, trained)
         divisor = divisor_of(form.scale.detach())
         return _scaled(_MergedConv.apply(x, W, None, form.B, form.A, divisor, geometry, trained), form.scale / divisor, b)
+
+
+def _dense(x: Tensor, W: Tensor, b: Tensor | None, form: Factored, geometry: Geometry) -> Tensor:
+    kernel = torch.addmm(W.flatten(1), form.B, form.A)
+    kernel = kernel if form.scale is None else form.scale[:, None] * kernel
+    return geometry.convolve(x, kernel.view_as(W).to(x.dtype), None if b is None else b.to(x.dtype))
 
 
 def _side(x: Tensor, W: Tensor, b: Tensor | None, form: Factored, geometry: Geometry) -> Tensor:

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from vision_peft.engine.attention import BatchedAttention, attend, attention, is_plain, is_self_attention
 from vision_peft.engine.factored import factored_linear
-from vision_peft.engine.factored_conv import Geometry, factored_conv, is_worthwhile
+from vision_peft.engine.factored_conv import Geometry, factored_conv
 from vision_peft.engine.views import State, View
 from vision_peft.errors import UserError
 
@@ -110,11 +110,11 @@ class ConvReader(Reader):
     def adapted(self, call: str, input: Tensor) -> Tensor:
         W, b = _parameter(self.module, "weight"), _parameter(self.module, "bias")
         blocks = self.views["weight"].factored(W) if "weight" in self.views and W.dtype == torch.float32 else None
-        if blocks is None or len(blocks) > 1 or not is_worthwhile(form := blocks[0][1]):
+        if blocks is None or len(blocks) > 1:
             return super().adapted(call, input)
         if b is not None and "bias" in self.views:
             b = self.views["bias"].effective(b)
-        return factored_conv(input, W, b, form, Geometry.of(self.module))
+        return factored_conv(input, W, b, blocks[0][1], Geometry.of(self.module))
 
 
 class AttentionReader(Reader):
